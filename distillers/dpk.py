@@ -1,0 +1,331 @@
+"""DPK: Qiu et al., "Better Teacher Better Student: Dynamic Prior Knowledge for Knowledge Distillation", ICLR 2023.
+
+One stage, in the order of this file: measure the gap between the student's map and the teacher's (CKA); turn it into
+the share π of the teacher's tokens that is given as prior knowledge; encode the teacher's tokens at random positions
+and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
+"""
+
+import difflib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+# 1. The gap
+
+def unbiased_hsic(K, L):
+    """HSIC₁ of two Gram matrices (n, n) with zero diagonals, n ≥ 4 (Nguyen, Raghu and Kornblith, ICLR 2021, eq. 3)."""
+    n = len(K)
+    trace = (K * L).sum()  # tr(KL), both being symmetric
+    product = K.sum() * L.sum() / ((n - 1) * (n - 2))  # (1ᵀK1)(1ᵀL1) / ((n−1)(n−2))
+    cross = 2 * (K.sum(0) @ L.sum(0)) / (n - 2)  # 2 · 1ᵀKL1 / (n−2)
+    return (trace + product - cross) / (n * (n - 3))
+
+
+@torch.no_grad()
+def minibatch_cka(x, y):
+    """Linear CKA of one mini-batch with unbiased HSIC: x (B, …), y (B, …) -> scalar, without gradient, in float32.
+
+    CKA = HSIC₁(K, L) / √(HSIC₁(K, K) · HSIC₁(L, L)). NaN where it is not defined: for fewer than 4 images, for maps
+    that are the same for all images, and where noise makes a variance negative.
+    """
+    if len(x) < 4:
+        return torch.full((), math.nan, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        grams = []
+        for features in x, y:
+            features = features.float().flatten(1)  # (B, CHW)
+            # HSIC₁ is the same with and without the mean; without, its large terms need not cancel.
+            features = features - features.mean(0)
+            grams.append((features @ features.T).fill_diagonal_(0))
+        K, L = grams
+        return unbiased_hsic(K, L) / (unbiased_hsic(K, K) * unbiased_hsic(L, L)).sqrt()
+
+
+# 2. The ratio of prior knowledge
+
+def prior_ratio(cka, floor=0.15, fallback=0.9):
+    """π = 1 − CKA, at least `floor`; `fallback` where CKA says nothing (NaN, ≤ 0.1, ≥ 1). Floats in, float out."""
+    return max(1 - cka, floor) if 0.1 < cka < 1 else fallback
+
+
+def scheduled_ratio(schedule, progress, start, end):
+    """Ablation: π from `start` to `end` as training goes from 0 to 1, "linear" or "exponential"."""
+    progress = min(progress, 1.0)
+    return start + (end - start) * progress if schedule == "linear" else start * (end / start) ** progress
+
+
+# 3. Two encoders
+
+def patchify(feature_map, patch):
+    """(B, C, H, W) -> (B, N, p²C): N = HW / p² tokens in row-major order, each a p × p patch."""
+    B, C, H, W = feature_map.shape
+    x = feature_map.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def sinusoid_positions(n, dim, device=None):
+    """(n, dim) fixed 1-D table (Vaswani et al., 2017, section 3.5): sine in the even columns, cosine in the odd."""
+    position = torch.arange(n, device=device).unsqueeze(1)
+    column = torch.arange(dim, device=device)
+    angle = position / 10000 ** (2 * (column // 2) / dim)
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
+
+
+def select(tokens, positions):
+    """Pick tokens (B, N, D) at positions (B, n), each sample its own -> (B, n, D)."""
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a bias on queries and values and none on keys: (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, n, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D / heads) each
+        if x.device.type == "cpu":  # where the fused kernel's backward is up to three times slower in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, n, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """Embed a map, add positions, keep the tokens at `positions`, and encode these alone.
+
+    forward(map (B, C, H, W), positions (B, n)) -> (B, n, dim).
+    """
+
+    def __init__(self, channels, patch, dim, depth, heads):
+        super().__init__()
+        self.embed = nn.Conv2d(channels, dim, patch, stride=patch)  # the channel projector as well
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, feature_map, positions):
+        x = self.embed(feature_map).flatten(2).transpose(1, 2)  # (B, N, dim)
+        x = x + sinusoid_positions(x.shape[1], x.shape[2], x.device)
+        return self.norm(self.blocks(select(x, positions)))
+
+
+# 4. to 6. One stage: stitching, decoder, loss
+
+class DPKStage(nn.Module):
+    """DPK on one pair of maps of any networks: (student_map, teacher_map) -> (loss, prior_ratio).
+
+    student_map: (B, C_s, H, W), resized to the teacher's where the sizes differ; teacher_map: (B, C_t, H', W'), no
+    gradient; H' and W' multiples of `patch`. loss: mean squared error over all positions, unweighted scalar with
+    gradient to the student and to this module; prior_ratio: π as a float. `cka` holds the last CKA, a float.
+
+    encoder, decoder: (dim, depth, heads). ratio: None for π = 1 − CKA ("dynamic"), or a fixed share of 0 to 1.
+    min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,
+    4). teacher_tokens=False: ablation, the teacher's positions stay empty.
+    Raises ValueError for heads that do not divide a dim, a ratio outside 0 to 1, and maps that do not fit.
+    """
+
+    def __init__(self, student_channels, teacher_channels, *, encoder=(128, 6, 8), decoder=(128, 4, 8), patch=1,
+                 ratio=None, min_ratio=0.15, fallback_ratio=0.9, min_tokens=2, teacher_tokens=True):
+        super().__init__()
+        for name, (dim, depth, heads) in ("encoder", encoder), ("decoder", decoder):
+            if min(dim, depth, heads) < 1 or dim % heads:
+                raise ValueError(f"{name}: [dim, depth, heads] = {[dim, depth, heads]}: heads must divide dim")
+        for name, share in ("ratio", ratio), ("min_ratio", min_ratio), ("fallback_ratio", fallback_ratio):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name}: {share} is not between 0 and 1")
+        self.channels = student_channels, teacher_channels
+        self.patch, self.ratio, self.cka = patch, ratio, math.nan
+        self.min_ratio, self.fallback_ratio, self.min_tokens = min_ratio, fallback_ratio, min_tokens
+        self.student_encoder = Encoder(student_channels, patch, *encoder)
+        # Without its tokens the teacher's encoder would be a dead module: no gradient, and an error under DDP.
+        self.teacher_encoder = Encoder(teacher_channels, patch, *encoder) if teacher_tokens else None
+        dim, depth, heads = decoder
+        self.stitch = nn.Linear(encoder[0], dim, bias=False)  # shared by both streams
+        self.decoder = nn.Sequential(
+            *(Block(dim, heads) for _ in range(depth)),
+            nn.LayerNorm(dim, eps=1e-6),
+            nn.Linear(dim, patch * patch * teacher_channels),
+        )
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _fit(self, student_map, teacher_map):
+        """Check the shapes; the student's map at the teacher's size."""
+        channels = student_map.shape[1], teacher_map.shape[1]
+        H, W = teacher_map.shape[2:]
+        if channels != self.channels or len(student_map) != len(teacher_map):
+            raise ValueError(f"built for {self.channels} channels of student and teacher; got a student's map of "
+                             f"{tuple(student_map.shape)} and a teacher's of {tuple(teacher_map.shape)}")
+        if H % self.patch or W % self.patch:
+            raise ValueError(f"patch: {self.patch} does not divide the teacher's map of {H}×{W}")
+        if student_map.shape[2:] != (H, W):
+            student_map = F.interpolate(student_map, (H, W), mode="bilinear", align_corners=True)
+        return student_map
+
+    def _ratio(self, student_map, teacher_map, num_tokens):
+        """π and the number of the teacher's tokens, the same for the whole batch."""
+        self.cka = minibatch_cka(student_map, teacher_map).item()  # fresh every step: the one wait for the device
+        if self.ratio is not None:
+            return self.ratio, int(num_tokens * self.ratio)
+        ratio = prior_ratio(self.cka, self.min_ratio, self.fallback_ratio)
+        return ratio, min(max(int(num_tokens * ratio), self.min_tokens), num_tokens)
+
+    def forward(self, student_map, teacher_map):
+        teacher_map = teacher_map.detach()
+        student_map = self._fit(student_map, teacher_map)
+        target = patchify(teacher_map, self.patch)  # (B, N, p²C_t)
+        B, N, _ = target.shape
+        ratio, num_given = self._ratio(student_map, teacher_map, N)
+
+        order = torch.rand(B, N, device=target.device).argsort(1)  # a random permutation of the positions per sample
+        given, visible = order[:, :num_given], order[:, num_given:]  # the teacher's positions, the student's
+
+        hybrid = self.stitch(self.student_encoder(student_map, visible))  # (B, N − given, D)
+        if self.teacher_encoder is None:
+            prior = hybrid.new_zeros(B, num_given, hybrid.shape[2])
+        else:
+            prior = self.stitch(self.teacher_encoder(teacher_map, given))  # (B, given, D)
+        hybrid = select(torch.cat([prior, hybrid], 1), order.argsort(1))  # every token back at its position
+        hybrid = hybrid + sinusoid_positions(N, hybrid.shape[2], hybrid.device)
+
+        loss = F.mse_loss(self.decoder(hybrid).float(), target.float())  # over all N tokens
+        return loss, ratio
+
+
+# The distiller
+
+@torch.no_grad()
+def map_shapes(model, image_size):
+    """[(C, H, W), …] of the network's maps, from a blank image in eval mode: BatchNorm statistics stay as they are."""
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    maps = model(image, return_features=True)[1]["maps"]
+    for module, mode in modes.items():
+        module.training = mode
+    return [tuple(m.shape[1:]) for m in maps]
+
+
+STAGE = {"student": -1, "teacher": -1, "weight": 1.0, "encoder": (128, 6, 8), "decoder": (128, 4, 8)}
+
+
+class DPK(nn.Module):
+    """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage (defaults: CIFAR-100).
+
+    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `encoder` and
+    `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
+    ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
+    schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
+    image_size: side in pixels of the image on which the channels of the maps are read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
+    weighted; `metrics` then holds CKA and π of each stage as floats.
+    Raises ValueError for a temperature that is not positive, an unknown ratio or key of a stage, a stage that a
+    network lacks, and what DPKStage refuses.
+    """
+
+    def __init__(self, student, teacher, *, stages: list | None = None, ce_weight: float = 1.0, kd_weight: float = 1.0,
+                 temperature: float = 1.0, feature_weight: float = 0.3, patch: int = 1, ratio: float | str = "dynamic",
+                 min_ratio: float = 0.15, fallback_ratio: float = 0.9, min_tokens: int = 2,
+                 ratio_start: float = 0.9, ratio_end: float = 0.15, schedule_epochs: int | None = None,
+                 teacher_tokens: bool = True, image_size: int = 32):
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
+        if isinstance(ratio, str) and ratio not in ("dynamic", "linear", "exponential"):
+            raise ValueError(f"ratio: {ratio!r}; valid: dynamic, linear, exponential, or a number from 0 to 1")
+        if ratio in ("linear", "exponential") and not schedule_epochs:
+            raise ValueError(f"schedule_epochs: needed for ratio: {ratio}")
+        if not (0 < ratio_start <= 1 and 0 < ratio_end <= 1):
+            raise ValueError(f"ratio_start, ratio_end: {ratio_start}, {ratio_end} are not above 0 and up to 1")
+        self.student = student
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
+        self.feature_weight, self.metrics = feature_weight, {}
+        self.schedule = (ratio, schedule_epochs, ratio_start, ratio_end)
+
+        shapes = {"student": map_shapes(student, image_size), "teacher": map_shapes(teacher, image_size)}
+        self.plan, self.stages = [], nn.ModuleList()
+        for stage in stages or ({"student": -2, "teacher": -2, "weight": 0.6}, {}):
+            for key in stage:
+                if key not in STAGE:
+                    near = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
+                    raise ValueError(f"stages: unknown key {key!r}, nearest: {near}; valid: {', '.join(STAGE)}")
+            stage = STAGE | stage
+            for name, maps in shapes.items():
+                if stage[name] not in range(-len(maps), len(maps)):
+                    raise ValueError(f"stages: the {name} has no map {stage[name]}; valid: 0 to {len(maps) - 1}")
+                stage[name] %= len(maps)
+            self.plan.append((stage["student"], stage["teacher"], stage["weight"]))
+            self.stages.append(DPKStage(
+                shapes["student"][stage["student"]][0], shapes["teacher"][stage["teacher"]][0],
+                encoder=stage["encoder"], decoder=stage["decoder"], patch=patch,
+                ratio=None if isinstance(ratio, str) else ratio, min_ratio=min_ratio, fallback_ratio=fallback_ratio,
+                min_tokens=min_tokens, teacher_tokens=teacher_tokens))
+        self.set_epoch(0)
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def set_epoch(self, epoch):
+        """For the scheduled ratios: call before each epoch, from 0."""
+        ratio, epochs, start, end = self.schedule
+        if ratio in ("linear", "exponential"):
+            for stage in self.stages:
+                stage.ratio = scheduled_ratio(ratio, epoch / epochs, start, end)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        losses = {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
+        }
+        for (s, t, weight), stage in zip(self.plan, self.stages):
+            loss, ratio = stage(features["maps"][s], teacher_features["maps"][t])
+            losses[f"dpk_{t}"] = self.feature_weight * weight * loss
+            self.metrics |= {f"cka_{t}": stage.cka, f"ratio_{t}": ratio}
+        return logits, losses

@@ -1,0 +1,80 @@
+"""FitNet: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, in one stage as RepDistiller compares it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def hint_loss(student_map, teacher_map):
+    """Mean squared error of two maps of one shape (B, C, H, W), in float32 (eq. 3 of the paper)."""
+    return F.mse_loss(student_map.float(), teacher_map.float())
+
+
+@torch.no_grad()
+def map_shapes(model, image_size):
+    """[(C, H, W), …] of the network's maps, from a blank image in eval mode: BatchNorm statistics stay as they are."""
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    maps = model(image, return_features=True)[1]["maps"]
+    for module, mode in modes.items():
+        module.training = mode
+    return [tuple(m.shape[1:]) for m in maps]
+
+
+def regressor(student_shape, teacher_shape):
+    """Convolution, BatchNorm, ReLU from one (C, H, W) to the other: 1×1 at equal size, strided by 2 down or up.
+
+    Raises ValueError where the student's map is neither as large as the teacher's, nor half, nor larger.
+    """
+    (cs, hs, ws), (ct, ht, wt) = student_shape, teacher_shape
+    if (hs, ws) == (2 * ht, 2 * wt):
+        conv = nn.Conv2d(cs, ct, 3, stride=2, padding=1)
+    elif (2 * hs, 2 * ws) == (ht, wt):
+        conv = nn.ConvTranspose2d(cs, ct, 4, stride=2, padding=1)
+    elif hs >= ht and ws >= wt:
+        conv = nn.Conv2d(cs, ct, (1 + hs - ht, 1 + ws - wt))
+    else:
+        raise ValueError(f"no regressor leads from the student's map {student_shape} to the teacher's {teacher_shape}")
+    return nn.Sequential(conv, nn.BatchNorm2d(ct), nn.ReLU())
+
+
+class FitNet(nn.Module):
+    """ce_weight · CE + hint_weight · MSE(regressor(student's map), teacher's map).
+
+    student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
+    image_size: side in pixels of the image on which the shapes of the maps are read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted.
+    Raises ValueError for a stage that a network lacks, and for maps that no regressor joins.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, hint_weight: float = 100.0,
+                 student_stage: int = 2, teacher_stage: int = 2, image_size: int = 32):
+        super().__init__()
+        self.student = student
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.hint_weight = ce_weight, hint_weight
+        self.student_stage, self.teacher_stage = student_stage, teacher_stage
+        shapes = []
+        for name, model, stage in ("student", student, student_stage), ("teacher", teacher, teacher_stage):
+            maps = map_shapes(model, image_size)
+            if not -len(maps) <= stage < len(maps):
+                raise ValueError(f"{name}_stage: the {name} has no map {stage}; valid: 0 to {len(maps) - 1}")
+            shapes.append(maps[stage])
+        self.regressor = regressor(*shapes)
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        hint = self.regressor(features["maps"][self.student_stage])
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "hint": self.hint_weight * hint_loss(hint, teacher_features["maps"][self.teacher_stage]),
+        }

@@ -1,0 +1,118 @@
+"""Files that survive: written under a temporary name and renamed; read without executing anything."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import InputError
+
+# What published teacher files hold beside tensors: the options of the run, and numpy's scalars (RepDistiller's learning
+# rate is an np.float64). Allowed by name; a file that asks for anything else is refused before it does anything.
+try:
+    from numpy._core.multiarray import scalar
+except ImportError:  # numpy 1
+    from numpy.core.multiarray import scalar
+ALLOWED = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
+           (scalar, "numpy._core.multiarray.scalar"),
+           *{type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64)}]
+
+
+def write(path, data):
+    """Write text or bytes to `path`: whole, or not at all. Raises InputError where the disk refuses."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise InputError("runs", f"cannot write {path}: {error.strerror}; what was there before is kept") from None
+
+
+def append(path, entry):
+    """Add a dict to a file of JSON lines. Raises InputError where the disk refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise InputError("runs", f"cannot write {path}: {error.strerror}") from None
+
+
+def save(path, content):
+    """torch.save, atomic. By way of memory, since torch's own writer hides why a disk refuses."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(path, key):
+    """The content of a torch file, tensors on the CPU, nothing executed. Raises InputError on `key`."""
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(key, f"{path} is missing") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        raise InputError(key, f"{path} is not a file of weights alone, or damaged: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(key, f"{path} is damaged or not a torch file: {str(error).splitlines()[0]}") from None
+
+
+def _bare(name):
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def network_weights(content):
+    """The state dict of one network in what RepDistiller, mdistiller, ReviewKD or this project saved.
+
+    Known: {"model": state dict}, {"state_dict": …}, a bare state dict; names under module., student. (beside a teacher
+    and connectors, which are left out) and _orig_mod., in any order.
+    """
+    for key in "model", "state_dict", "distiller":
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        return {}
+    weights = {_bare(name): value for name, value in content.items()}
+    if any(name.startswith("student.") for name in weights):
+        weights = {_bare(name.removeprefix("student.")): value
+                   for name, value in weights.items() if name.startswith("student.")}
+    return weights
+
+
+def load_network(model, path, name, key):
+    """Load file `path` into `model` strictly; half precision is widened. Raises InputError on `key`.
+
+    `name` is the network's, for the message. num_batches_tracked, which old files lack, stays as it is.
+    """
+    weights, own = network_weights(load(path, key)), model.state_dict()
+    for tensor in own:
+        if tensor.endswith("num_batches_tracked"):
+            weights.setdefault(tensor, own[tensor])
+    if not weights or not any(tensor in own for tensor in weights if not tensor.endswith("num_batches_tracked")):
+        raise InputError(key, f"{path} holds no weights of {name}")
+    for tensor in own:
+        if tensor not in weights:
+            raise InputError(key, f"{path} is of another network than {name}: {tensor} is not in the file")
+        if weights[tensor].shape != own[tensor].shape:
+            raise InputError(key, f"{path} is of another network than {name}, or of another number of classes: "
+                             f"{tensor} is {tuple(weights[tensor].shape)} in the file, {tuple(own[tensor].shape)} here")
+    for tensor in weights:
+        if tensor not in own:
+            raise InputError(key, f"{path} is of another network than {name}: {name} has no {tensor}")
+    model.load_state_dict(weights)
+    return model

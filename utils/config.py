@@ -1,0 +1,170 @@
+"""Settings: a YAML file and `key.sub=value` overrides into a dataclass, with every mistake named in one line."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import types
+import typing
+
+import yaml
+
+from utils.errors import InputError
+
+
+class NumberLoader(yaml.SafeLoader):
+    """A SafeLoader for which 1e-3 is a number; YAML 1.1 takes it for a string unless written 1.0e-3."""
+
+
+NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def setting(default, help, *, choices=None, low=None, above=None):
+    """A dataclass field with its meaning and its valid values: one of `choices`, at least `low`, more than `above`."""
+    metadata = {"help": help, "choices": choices, "low": low, "above": above}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls):
+    """A dataclass field that is a dataclass of settings itself."""
+    return dataclasses.field(default_factory=cls)
+
+
+def load_config(cls, path, overrides=()):
+    """The settings of YAML file `path`, then of `overrides` ("key.sub=value"), as a `cls`.
+
+    Raises InputError, which names the key and the valid values.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, NumberLoader)
+    except OSError as error:
+        raise InputError("--cfg", f"cannot read {path}: {error.strerror}; valid: a YAML file, see yaml/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("--cfg", f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError("--cfg", f"{path} holds a {type(values).__name__}; valid: a mapping of settings")
+    for override in overrides:
+        _override(values, override)
+    return build(cls, values)
+
+
+def _override(values, override):
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(override, "not an override; valid: key.sub=value, for instance optimizer.lr=0.1")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(key, f"{parent} is not a section, so it has no {last}")
+    try:
+        values[last] = yaml.load(text, NumberLoader)
+    except yaml.YAMLError:
+        raise InputError(key, f"{text!r} is not a YAML value") from None
+
+
+def build(cls, values, prefix=""):
+    """A dataclass of settings from a (nested) mapping, each key and value checked."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    checked = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in fields:
+            raise unknown_key(key, name, fields)
+        field = fields[name]
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, dict):
+                raise InputError(key, f"{value!r} is not a section; valid keys: {', '.join(_names(field.type))}")
+            checked[name] = build(field.type, value, f"{key}.")
+        else:
+            limits = {limit: field.metadata[limit] for limit in ("choices", "low", "above")}
+            checked[name] = check_value(key, value, field.type, **limits)
+    return cls(**checked)
+
+
+def check_arguments(function, values, prefix):
+    """Check a mapping of keyword arguments against the signature of `function`: the constructor is the schema."""
+    parameters = {name: parameter for name, parameter in inspect.signature(function).parameters.items()
+                  if parameter.kind is parameter.KEYWORD_ONLY}
+    for name, value in values.items():
+        if name not in parameters:
+            raise unknown_key(f"{prefix}{name}", name, parameters)
+        check_value(f"{prefix}{name}", value, parameters[name].annotation)
+
+
+def unknown_key(key, name, valid):
+    """An InputError with the nearest of the valid keys, and all of them."""
+    nearest = difflib.get_close_matches(str(name), list(valid), 1, 0)
+    hint = f"nearest: {nearest[0]}; valid: {', '.join(valid)}" if nearest else "there are no keys here"
+    return InputError(key, f"unknown key; {hint}")
+
+
+def check_value(key, value, annotation, choices=None, low=None, above=None):
+    """`value` where it is of the type `annotation` and within its bounds (an int does for a float)."""
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if not _is_a(value, annotation):
+        name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+        raise InputError(key, f"{value!r} is not valid; valid: {name}")
+    if choices and value not in choices:
+        raise InputError(key, f"{value!r} is not valid; valid: {', '.join(map(str, choices))}")
+    for number in value if isinstance(value, list) else [value]:
+        if low is not None and number < low or above is not None and not number > above:
+            bound = f"at least {low}" if low is not None else f"more than {above}"
+            raise InputError(key, f"{value!r} is not valid; valid: {bound}")
+    return value
+
+
+def _is_a(value, annotation):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        return isinstance(value, list) and all(_is_a(item, typing.get_args(annotation)[0]) for item in value)
+    if annotation in (None, type(None)):
+        return value is None
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if annotation is int:
+        return type(value) is int
+    return isinstance(value, annotation)
+
+
+def _names(cls):
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def describe(cls, prefix=""):
+    """The lines of --help: every setting, its default, its meaning and its valid values."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            lines += describe(field.type, f"{prefix}{field.name}.")
+            continue
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        help, choices = field.metadata["help"], field.metadata["choices"]
+        lines.append(f"  {prefix + field.name + '=' + yaml_value(default):<38} "
+                     f"{help}{' (' + ', '.join(map(str, choices)) + ')' if choices else ''}")
+    return lines
+
+
+def yaml_value(value):
+    """A value as one writes it in a YAML file, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def yaml_text(config):
+    """A dataclass of settings as the text of a YAML file."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def flatten(values, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

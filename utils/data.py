@@ -1,0 +1,295 @@
+"""Data sets as uint8 tensors on the training device, augmented there in a few vectorised operations.
+
+CIFAR-100 is 150 MB and one gather crops a batch: there is nothing left for worker processes to do.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import InputError
+
+STATISTICS = {  # mean and standard deviation of a pixel in [0, 1], for R, G and B
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+    "synthetic": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+
+
+class Split(NamedTuple):
+    images: Tensor  # uint8 (N, H, W, 3)
+    labels: Tensor  # int64 (N,)
+
+
+class Data(NamedTuple):
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple
+    std: tuple
+
+
+def load_data(name, root="data", *, size=32, samples=10000, val_split=0):
+    """-> Data, on the CPU. name: "cifar10", "cifar100", "folder" or "synthetic".
+
+    cifar10/100: `<root>/<name>.npz`; where it is missing, the original is downloaded and the .npz written.
+    folder: `<root>/{train,val}/<class>/*`, every image resized to size x size and held in memory.
+    synthetic: `samples` training and samples // 5 test images of size x size, made in memory.
+    val_split: so many training images, the same ones for every seed, take the place of the test set.
+    Raises InputError for an unknown name, a bad number, and data that is missing or damaged.
+    """
+    if name not in STATISTICS:
+        raise InputError("data.name", f"unknown data set {name!r}; valid: {', '.join(sorted(STATISTICS))}")
+    if size < 8 or (size != 32 and "cifar" in name):
+        raise InputError("data.size", f"{size} is not {32 if 'cifar' in name else '8 or more'}")
+    if name == "folder":
+        train, test, classes = load_folder(Path(root), size)
+    elif name == "synthetic":
+        train, test, classes = make_synthetic(samples, size)
+    else:
+        train, test, classes = load_cifar(name, Path(root))
+    if not 0 <= val_split < len(train.labels):
+        raise InputError("val_split", f"{val_split} is not between 0 and {len(train.labels) - 1}")
+    if val_split:
+        # RandomState's stream is frozen by numpy's promise: the same images on every machine and version.
+        order = torch.from_numpy(np.random.RandomState(0).permutation(len(train.labels)))
+        held, rest = order[:val_split], order[val_split:]
+        train, test = (Split(train.images[part], train.labels[part]) for part in (rest, held))
+    return Data(train, test, tuple(classes), *STATISTICS[name])
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_cifar(name, root):
+    """-> train Split, test Split, class names, from `<root>/<name>.npz`."""
+    path = root / f"{name}.npz"
+    if not path.exists():
+        try:
+            download_cifar(name, root, path)
+        except (OSError, RuntimeError) as error:  # no network, a bad checksum, a full or read-only disk
+            reason = f"{name} could not be downloaded ({one_line(error)}); put it at {path} instead"
+            raise InputError("data.root", reason) from None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        check_cifar(arrays, num_classes=int(name.removeprefix("cifar")))
+    except Exception as error:  # noqa: BLE001 - a damaged file raises BadZipFile, zlib.error, EOFError, ...
+        raise InputError("data.root", f"{path}: {one_line(error)}") from None
+    train, test = (
+        Split(torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"]))
+        for split in ("train", "test")
+    )
+    return train, test, arrays["classes"].tolist()
+
+
+def download_cifar(name, root, path):
+    from torchvision import datasets  # here, because reading the .npz does not need it
+
+    original = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    arrays = {}
+    for split in ("train", "test"):
+        source = original(root, train=split == "train", download=True)
+        arrays |= {f"{split}_images": source.data, f"{split}_labels": np.array(source.targets, np.int64)}
+    partial = path.with_suffix(f".partial{os.getpid()}")  # then renamed: a killed run leaves no half of a .npz
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays, classes=np.array(source.classes))
+    os.replace(partial, path)
+
+
+def check_cifar(arrays, num_classes):
+    """Raises ValueError that says what is wrong with the arrays of a .npz."""
+    for split in ("train", "test"):
+        for key, dtype, shape in ((f"{split}_images", "uint8", (32, 32, 3)), (f"{split}_labels", "int64", ())):
+            if key not in arrays:
+                raise ValueError(f"has no array {key!r}")
+            array = arrays[key]
+            if array.dtype != dtype or not array.size or array.shape[1:] != shape:
+                wanted = f"{dtype} {('N', *shape)}".replace("'", "")
+                raise ValueError(f"{key} is {array.dtype} {array.shape}, wanted {wanted}")
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} {split}_images, {len(labels)} {split}_labels")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"{split}_labels lie in {labels.min()} .. {labels.max()}, wanted 0 .. {num_classes - 1}")
+    if "classes" not in arrays or arrays["classes"].shape != (num_classes,) or arrays["classes"].dtype.kind != "U":
+        raise ValueError(f"classes is not an array of {num_classes} names")
+
+
+def load_folder(root, size):
+    from torchvision.datasets import ImageFolder
+
+    listings = []
+    for folder in (root / "train", root / "val"):
+        try:
+            listings.append(ImageFolder(folder))
+        except OSError as error:  # no such folder, no class in it, a class without images
+            raise InputError("data.root", f"{folder}: {one_line(error)}") from None
+    train, val = listings
+    if train.classes != val.classes:
+        odd = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
+        raise InputError("data.root", f"{root}: train and val do not hold the same class folders: {odd}")
+    return read_images(train.samples, size), read_images(val.samples, size), train.classes
+
+
+def read_images(samples, size):
+    """[(path, label)] * N -> Split of size x size images (bilinear; Pillow's averages when it shrinks)."""
+    from PIL import Image
+
+    images = np.empty((len(samples), size, size, 3), np.uint8)
+    for i, (path, _) in enumerate(samples):
+        try:
+            with Image.open(path) as image:
+                images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
+            raise InputError("data.root", f"{path}: cannot be read ({one_line(error)})") from None
+    return Split(torch.from_numpy(images), torch.tensor([label for _, label in samples]))
+
+
+SHAPES = ("disc", "square", "triangle", "cross", "ring")
+COLOURS = ("red", "green", "blue", "yellow", "magenta")
+RGB = ((210, 50, 50), (50, 190, 60), (60, 80, 220), (215, 200, 50), (200, 60, 200))
+TEXTURES = ("plain", "banded", "striped", "checked")
+
+
+def make_synthetic(samples, size):
+    """-> train Split of `samples` images, test Split of samples // 5, the names of the 100 classes."""
+    if samples < 5:
+        raise InputError("data.samples", f"{samples} is not 5 or more")
+    classes = [f"{colour} {texture} {shape}" for shape in SHAPES for colour in COLOURS for texture in TEXTURES]
+    splits = []
+    for seed, n in enumerate((samples, samples // 5)):
+        rng = np.random.default_rng(seed)
+        labels = np.arange(n) % len(classes)
+        chunks = [render(labels[i : i + 250], size, rng) for i in range(0, n, 250)]  # small enough for the cache
+        splits.append(Split(torch.from_numpy(np.concatenate(chunks)), torch.from_numpy(labels)))
+    return *splits, classes
+
+
+def render(labels, size, rng):
+    """labels (B,) -> uint8 (B, size, size, 3): a shape over a background and a distractor, half hidden, in noise.
+
+    Only sums, products, quotients and comparisons, which round the same on every machine: no sin, exp or normal().
+    """
+    n = np.arange(len(labels))
+
+    def uniform(low, high, *shape):  # (B, *shape)
+        return low + (high - low) * rng.random((len(n), *shape), dtype=np.float32)
+
+    x = ((np.arange(size) + 0.5) / size).astype(np.float32)  # the image is the unit square
+    y = x[:, None]
+    image = uniform(0, 255, 1, 1, 3) + (x + y - 1)[..., None] * uniform(-120, 120, 1, 1, 3)
+    blob = (x - uniform(0, 1, 1, 1)) ** 2 + (y - uniform(0, 1, 1, 1)) ** 2 < uniform(0.08, 0.22, 1, 1) ** 2
+    image = np.where(blob[..., None], uniform(0, 255, 1, 1, 3), image)
+
+    radius = uniform(0.2, 0.36, 1, 1)
+    u, v = (x - uniform(0.32, 0.68, 1, 1)) / radius, (y - uniform(0.32, 0.68, 1, 1)) / radius  # (B, 1, W), (B, H, 1)
+    square, inner, arm = u * u + v * v, np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    triangle = (v < 0.8) & (2 * abs(u) < v + 1)
+    shapes = (square < 1, inner < 0.85, triangle, (inner < 1) & (arm < 0.35), (square < 1) & (square > 0.3))
+    rows, columns = (1.3 * v + uniform(0, 1, 1, 1)) % 1 < 0.5, (1.3 * u + uniform(0, 1, 1, 1)) % 1 < 0.5
+    textures = np.broadcast_arrays(False, rows, columns, rows ^ columns)  # where the colour is dark
+    mask = np.stack(shapes)[labels // 20, n][..., None]
+    dark = np.stack(textures)[labels % 4, n][..., None]
+    colour = np.float32(RGB)[labels // 4 % 5, None, None] + uniform(-80, 80, 1, 1, 3)
+    image = np.where(mask, np.where(dark, 0.4 * colour, colour), image)
+
+    across = abs(x - uniform(0.2, 0.8, 1, 1)) < uniform(0.02, 0.16, 1, 1)
+    down = abs(y - uniform(0.2, 0.8, 1, 1)) < uniform(0.02, 0.16, 1, 1)
+    image = np.where((across & down)[..., None], uniform(0, 255, 1, 1, 3), image)
+    image = image * uniform(0.6, 1.2, 1, 1, 1) + uniform(-60, 60, size, size, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def crop_flip(images, top, left, flip, padding):
+    """Zero-pad, cut the original size out at (top, left), mirror where flip says so.
+
+    images uint8 (B, H, W, 3); top, left int64 (B,) in 0 .. 2·padding; flip bool (B,). -> uint8 (B, H, W, 3)
+    """
+    b, h, w, _ = images.shape
+    x = torch.arange(w, device=images.device)
+    rows = top[:, None] + torch.arange(h, device=images.device)  # (B, H), in the padded image
+    columns = left[:, None] + torch.where(flip[:, None], w - 1 - x, x)  # (B, W); a flip reads backwards
+    rows = rows + (h + 2 * padding) * torch.arange(b, device=images.device)[:, None]  # of all images as one column
+    pixels = rows[:, :, None] * (w + 2 * padding) + columns[:, None]  # (B, H, W)
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    return padded.reshape(-1, 3).index_select(0, pixels.flatten()).view(b, h, w, 3)  # whole pixels: 3x images[b, y, x]
+
+
+def random_crop_flip(images, padding):
+    """RandomCrop(size, padding) and RandomHorizontalFlip, drawn for each image from torch's global generator.
+
+    images uint8 (B, H, W, 3) -> the same.
+    """
+    top, left = torch.randint(0, 2 * padding + 1, (2, len(images)), device=images.device)
+    flip = torch.rand(len(images), device=images.device) < 0.5
+    return crop_flip(images, top, left, flip, padding)
+
+
+def normalize(images, mean, std):
+    """uint8 (B, H, W, 3) -> (images / 255 - mean) / std, float32 (B, 3, H, W) in channels_last memory.
+
+    mean, std: 3 floats or float32 (3,), of pixels in [0, 1].
+    """
+    mean, std = (torch.as_tensor(value, dtype=torch.float32, device=images.device) for value in (mean, std))
+    b, h, w, _ = images.shape
+    # Whole rows of W·3 values: a broadcast over the last 3 alone cannot be vectorised and takes 10x the time.
+    scale, shift = (1 / (255 * std)).repeat(w), (-mean / std).repeat(w)
+    return torch.addcmul(shift, images.reshape(b, h, w * 3).float(), scale).view(b, h, w, 3).permute(0, 3, 1, 2)
+
+
+class Loader:
+    """The batches of one process: a pure function of (epoch, step) and, for crops and flips, of the global generator.
+
+    train=True: each epoch visits the split in an order drawn from (seed, epoch). batch_size counts the images of a
+    step over all `world` processes, and process `rank` takes every world-th of them: together they see exactly
+    the batch that one process would. The last batch is smaller, a multiple of world; with fewer than 4 images a
+    process (CKA needs 4) it is left out.
+    train=False: images rank, rank + world, ... as they are, at most batch_size at a time. Over all processes every
+    image comes exactly once, so a process may have fewer steps than another, or none.
+    Raises InputError when batch_size is not a positive multiple of world, or training has no batch at all.
+    """
+
+    def __init__(self, split, batch_size, *, mean, std, train, padding=4, seed=0, rank=0, world=1,
+                 channels_last=True, device="cpu"):
+        if batch_size < 1 or (train and batch_size % world):
+            raise InputError("batch_size", f"{batch_size} is not a positive multiple of {world} processes")
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        # On the device now: copying them there in every step would make the host wait for the device.
+        self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))
+        self.batch_size, self.train, self.padding, self.seed = batch_size, train, padding, seed
+        self.rank, self.world, self.channels_last, self.device, self.epoch = rank, world, channels_last, device, None
+        self.order = torch.arange(rank, len(self.labels), world, device=device)  # train: replaced in each epoch
+        if train:
+            full, last = divmod(len(self.labels), batch_size)
+            self.steps = full + (last // world >= 4)
+            if not self.steps:
+                raise InputError("batch_size", f"{len(self.labels)} images are too few for {world} processes")
+        else:
+            self.steps = -(-len(self.order) // batch_size)  # rounded up
+
+    def __len__(self):
+        return self.steps
+
+    def batch(self, epoch, step):
+        """-> images float32 (B, 3, H, W), labels int64 (B,), on the device. Raises IndexError past the last step."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        if self.train and epoch != self.epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
+            self.order, self.epoch = torch.from_numpy(order).to(self.labels.device), epoch
+        indices = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        if self.train:
+            indices = indices[: len(indices) // self.world * self.world][self.rank :: self.world]
+        images, labels = self.images.index_select(0, indices), self.labels[indices]  # 4x images[indices] on a CPU
+        if self.train:
+            images = random_crop_flip(images, self.padding)
+        images = normalize(images, self.mean, self.std)
+        return images if self.channels_last else images.contiguous(), labels

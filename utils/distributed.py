@@ -1,0 +1,42 @@
+"""One process or many (torchrun): rank, sums over all processes, and who may speak."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start(device):
+    """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def is_main():
+    """Rank 0 alone prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def sum_over_processes(tensor):
+    """The sum over all processes, in place; counts are to be summed, and divided only then."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def finish():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

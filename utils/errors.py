@@ -1,0 +1,12 @@
+"""The one error that the scripts turn into a line of text."""
+
+
+class InputError(ValueError):
+    """Bad input from the user: shown as one line, exit code 2. `key` is the setting at fault, as in "data.root"."""
+
+    def __init__(self, key, message):
+        super().__init__(key, message)  # both in args, so that the error survives pickling
+        self.key, self.message = key, message
+
+    def __str__(self):
+        return f"{self.key}: {self.message}"

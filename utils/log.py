@@ -1,0 +1,110 @@
+"""What a run says: the environment, a table of an epoch's steps, one line an epoch, a progress bar, TensorBoard."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from utils import checkpoint, distributed
+
+
+def environment(device, world):
+    """Versions, git sha, hardware and command: the first line of a log."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
+                  if line.startswith("model name")] if cpuinfo.exists() else []
+        hardware = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__, "git": git.stdout.strip() or None, "hardware": hardware, "processes": world,
+        "command": " ".join([os.path.basename(sys.executable), *sys.argv]),
+    }
+
+
+class Table:
+    """An epoch's losses, metrics and counts, a row a step, kept on the device: read when a line is due, not before."""
+
+    def __init__(self, steps, device, saved=None):
+        self.steps, self.device = steps, device
+        self.names, self.losses, self.rows = [], 0, None
+        if saved:
+            self.names, self.losses, self.rows = saved["names"], saved["losses"], saved["rows"].to(device)
+
+    def write(self, step, losses, metrics, correct, n):
+        """Row `step` of n images: everything times n, so that the rows of several processes can be summed."""
+        if self.rows is None:
+            self.names, self.losses = [*losses, *metrics, "train_top1", "n"], len(losses)
+            self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
+        for column, value in enumerate([*losses.values(), *metrics.values(), 100 * correct / n, 1.0]):
+            self.rows[step, column] = (value.detach() if isinstance(value, torch.Tensor) else value) * n
+
+    def check(self, steps, epoch):
+        """Raise FloatingPointError at the first loss of the first `steps` that is not finite."""
+        bad = (~self.rows[:steps, :self.losses].isfinite()).nonzero()
+        if len(bad):
+            step, column = bad[0].tolist()
+            raise FloatingPointError(f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}")
+
+    def means(self):
+        """{name: mean over the epoch's images}; steps in which a metric was NaN (a CKA may be) do not count for it."""
+        n = self.rows[:, -1:] * ~self.rows.isnan()
+        means = (self.rows.nansum(0) / n.sum(0)).tolist()
+        return {name: mean if math.isfinite(mean) else None for name, mean in zip(self.names[:-1], means)}
+
+
+def read_log(path, epoch=math.inf):
+    """The lines of a log as dicts: the header, then the epochs up to `epoch`. A line cut off by a kill is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line.get("epoch", 0) <= epoch:
+            lines.append(line)
+    return lines
+
+
+def write_log(path, lines):
+    """Write a whole log anew, atomically."""
+    checkpoint.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def one_line(entry, epochs):
+    """A log entry for people."""
+    numbers = " ".join(f"{key} {value:.4g}" for key, value in entry.items()
+                       if key not in ("epoch", "top1", "top5", "best_top1") and value is not None)
+    return f"epoch {entry['epoch']}/{epochs}: top-1 {entry['top1']:.2f} top-5 {entry['top5']:.2f} | {numbers}"
+
+
+def progress(steps, label):
+    """A progress bar around an iterable, with tqdm where it is installed and the output is a terminal."""
+    if distributed.is_main() and sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return steps
+        return tqdm(steps, label, leave=False)
+    return steps
+
+
+def tensorboard_writer(folder):
+    """A SummaryWriter on `folder`, or None with a line where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard: true, but TensorBoard is not installed; going on without", file=sys.stderr)
+        return None
+    return SummaryWriter(folder)

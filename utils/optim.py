@@ -1,0 +1,53 @@
+"""The student's optimizer, the connectors', and their learning rates as pure functions of the epoch."""
+
+import math
+
+import torch
+
+
+def learning_rate(epoch, *, lr, epochs, schedule="step", milestones=(), gamma=0.1, warmup_epochs=0, min_lr=0.0):
+    """The learning rate of `epoch` (from 0), a float: nothing to save, nothing to resume wrongly.
+
+    A linear warm-up reaches `lr` at epoch `warmup_epochs`. Then "step": times `gamma` at each of `milestones`; or
+    "cosine": from `lr` down towards `min_lr` at epoch `epochs` (Loshchilov and Hutter, ICLR 2017, eq. 5).
+    """
+    if epoch < warmup_epochs:
+        return lr * (epoch + 1) / (warmup_epochs + 1)
+    if schedule == "step":
+        return lr * gamma ** sum(epoch >= milestone for milestone in milestones)
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizers(distiller, student, connectors):
+    """{"student": SGD} and, where the settings `connectors` ask for it, {"connectors": AdamW}.
+
+    `student` and `connectors` are the settings of those names. Otherwise the connectors are a group of their own in the
+    student's SGD, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
+    """
+    own = {id(parameter) for parameter in distiller.student.parameters()}
+    groups = [{"params": list(distiller.student.parameters()), "weight_decay": student.weight_decay}]
+    rest = [parameter for parameter in distiller.parameters() if id(parameter) not in own]
+    optimizers = {}
+    if rest and connectors.optimizer == "adamw":
+        optimizers["connectors"] = torch.optim.AdamW(
+            rest, lr=connectors.lr, betas=tuple(connectors.betas), weight_decay=connectors.weight_decay, fused=True)
+    elif rest:
+        groups.append({"params": rest, "weight_decay": connectors.weight_decay})
+    sgd = torch.optim.SGD(groups, lr=student.lr, momentum=student.momentum, nesterov=student.nesterov, fused=True)
+    return {"student": sgd} | optimizers
+
+
+def set_learning_rates(optimizers, student, connectors, epoch, epochs):
+    """Set the learning rates of `epoch`; return them as {"lr": …} and, with an AdamW, {"lr_connectors": …}."""
+    rates = {
+        "student": learning_rate(epoch, lr=student.lr, epochs=epochs, schedule=student.schedule,
+                                 milestones=student.milestones, gamma=student.gamma,
+                                 warmup_epochs=student.warmup_epochs),
+        "connectors": learning_rate(epoch, lr=connectors.lr, epochs=epochs, schedule="cosine",
+                                    warmup_epochs=connectors.warmup_epochs, min_lr=connectors.min_lr),
+    }
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = rates[name]
+    return {"lr" if name == "student" else "lr_connectors": rates[name] for name in optimizers}
