@@ -114,11 +114,13 @@ def read_settings(path, overrides=()):
     cfg = load_config(Settings, path, overrides)
     cfg.name = cfg.name or Path(path).stem
     name = cfg.distiller.get("name")
-    if name not in DISTILLERS:
+    if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
     check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
     if name != "ce" and not (cfg.teacher.name and cfg.teacher.checkpoint):
         raise InputError("teacher", f"{name} needs teacher.name and teacher.checkpoint; networks: {', '.join(MODELS)}")
+    with torch.device("meta"):  # shapes without numbers: stages, heads and weights are checked at once
+        build_distiller(cfg, MODELS[cfg.student.name](), MODELS[cfg.teacher.name]() if cfg.teacher.name else None)
     return cfg
 
 
@@ -156,9 +158,12 @@ def load_teacher(cfg, num_classes, device):
 
 def companion_run(cfg, path):
     """Train by another YAML file on the data and the device of this run (or find it finished); its student.pth."""
-    other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
-                                device=cfg.device, stop_after=cfg.stop_after)
-    train(other)
+    try:
+        other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
+                                    device=cfg.device, stop_after=cfg.stop_after)
+        train(other)
+    except InputError as error:
+        raise InputError("teacher.cfg" if path == cfg.teacher.cfg else "baseline", f"{path}: {error}") from None
     return Path(other.runs, other.name, "student.pth")
 
 
@@ -177,20 +182,16 @@ def build_autocast(precision, device):
     return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
 
 
-def build_distiller(cfg, num_classes, device):
-    torch.manual_seed(cfg.seed)
-    student = build_network(cfg.student.name, num_classes, cfg, device)
-    teacher = None if cfg.distiller["name"] == "ce" else load_teacher(cfg, num_classes, device)
-    torch.manual_seed(cfg.seed + 1)  # the connectors' weights, whatever training a teacher has drawn before
+def build_distiller(cfg, student, teacher):
+    """The distiller of the settings around two networks; what its constructor refuses is bad input."""
     arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
+    distiller = DISTILLERS[cfg.distiller["name"]]
+    if "image_size" in inspect.signature(distiller).parameters:
+        arguments.setdefault("image_size", cfg.data.size)
     try:
-        distiller = DISTILLERS[cfg.distiller["name"]](student, teacher, **arguments).to(device)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"distiller ({cfg.distiller['name']})", str(error)) from None
-    if cfg.compile:
-        for model in filter(None, (student, teacher)):
-            model.compile()
-    return distiller
+        return distiller(student, teacher, **arguments)
+    except ValueError as error:
+        raise InputError("distiller", str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------------- one epoch
@@ -199,7 +200,8 @@ def build_distiller(cfg, num_classes, device):
 def train_one_epoch(cfg, model, loader, optimizers, scaler, autocast, epoch, first_step, table, stop):
     """Steps `first_step` to the end of `epoch`, or to a stop; returns the number of steps done, rows in `table`."""
     model.train()
-    metrics = getattr(model, "module", model).__dict__.get("metrics", {})
+    metrics = getattr(getattr(model, "module", model), "metrics", {})
+    done = first_step
     for step in progress(range(first_step, len(loader)), f"epoch {epoch + 1}/{cfg.epochs}"):
         # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
         torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
@@ -212,26 +214,29 @@ def train_one_epoch(cfg, model, loader, optimizers, scaler, autocast, epoch, fir
             optimizer.zero_grad()
         scaler.update()
         table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
-        stopping = stop(step)
-        if stopping or (step + 1) % cfg.log_every == 0 or step + 1 == len(loader):
-            table.check(step + 1, epoch)
+        done, stopping = step + 1, stop(step)
+        if stopping or done % cfg.log_every == 0 or done == len(loader):
+            table.check(done, epoch)
         if stopping:
             break
-    return step + 1
+    return done
 
 
 @torch.no_grad()
 def evaluate(model, loader, autocast):
     """(top-1, top-5) in per cent over the whole split: counts summed over all processes, then divided."""
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=loader.device)  # right at the first guess, in five, images
+    counts = torch.zeros(3, dtype=torch.int64, device=loader.device)  # right at the first guess, in five, of how many
     for step in range(len(loader)):
         images, targets = loader.batch(0, step)
         with autocast():
-            guesses = model(images).topk(5, dim=1).indices == targets.unsqueeze(1)  # (B, 5)
-        counts += torch.stack([guesses[:, 0].sum(), guesses.sum(), guesses.new_full((), True).sum() * len(targets)])
-    first, five, images = distributed.sum_over_processes(counts).tolist()
-    return 100 * first / images, 100 * five / images
+            logits = model(images)
+        right = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)  # (B, 5)
+        counts[0] += right[:, 0].sum()
+        counts[1] += right.sum()
+        counts[2] += len(targets)
+    first, five, total = distributed.sum_over_processes(counts).tolist()
+    return 100 * first / total, 100 * five / total
 
 
 # ----------------------------------------------------------------------------------------------------------- one run
@@ -277,13 +282,20 @@ def train(cfg):
         distributed.barrier()
     train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
     autocast = build_autocast(cfg.precision, device)
-    distiller = build_distiller(cfg, len(data.classes), device)
-    if cfg.distiller["name"] != "ce":
-        top1, _ = evaluate(distiller.teacher, test_loader, autocast)
+    torch.manual_seed(cfg.seed)
+    student = build_network(cfg.student.name, len(data.classes), cfg, device)
+    teacher = None if cfg.distiller["name"] == "ce" else load_teacher(cfg, len(data.classes), device)
+    torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train a teacher
+    distiller = build_distiller(cfg, student, teacher).to(device)
+    if teacher is not None:
+        top1, _ = evaluate(teacher, test_loader, autocast)
         say(f"teacher {cfg.teacher.name} from {cfg.teacher.checkpoint}: top-1 {top1:.2f}")
         if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
             raise InputError("teacher.accuracy", f"{cfg.teacher.checkpoint} has top-1 {top1:.2f}, more than 0.5 below "
                              f"{cfg.teacher.accuracy}: another file, other data, or another normalisation?")
+    for model in (student, teacher) if cfg.compile else ():
+        if model is not None:
+            model.compile()
     optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
@@ -318,7 +330,9 @@ def train(cfg):
         if hasattr(distiller, "set_epoch"):
             distiller.set_epoch(epoch)
         rates = set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, epoch, cfg.epochs)
-        table = Table(len(train_loader), device, saved_table if rank == 0 else None)
+        table = Table(len(train_loader), device, saved_table)
+        if saved_table and rank > 0:
+            table.rows.zero_()  # the sums of all processes so far are rank 0's
         try:
             step = train_one_epoch(cfg, model, train_loader, optimizers, scaler, autocast, epoch, step, table, stop)
         except FloatingPointError as error:
@@ -330,9 +344,9 @@ def train(cfg):
         distributed.sum_over_processes(table.rows)
         speed = table.rows[:, -1].sum().item() / seconds
         if world > 1:  # each process has BatchNorm statistics of its own; rank 0's are saved, so they are evaluated
-            for buffer in distiller.student.buffers():
+            for buffer in student.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        top1, top5 = evaluate(distiller.student, test_loader, autocast)
+        top1, top5 = evaluate(student, test_loader, autocast)
         epoch, step, best, saved_table = epoch + 1, 0, max(best, top1), None
         entry = {"epoch": epoch, "top1": top1, "top5": top5, "best_top1": best} | rates | table.means()
         entry |= {"images_per_s": speed, "seconds": time.monotonic() - clock}
@@ -347,10 +361,10 @@ def train(cfg):
 
     last = read_log(folder / "log.jsonl")[-1] if rank == 0 else {}
     if rank == 0:
-        checkpoint.save(folder / "student.pth", {"model": distiller.student.state_dict(), "epoch": epoch,
+        checkpoint.save(folder / "student.pth", {"model": student.state_dict(), "epoch": epoch,
                                                  "accuracy": last["top1"]})
+        say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
     distributed.barrier()
-    say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth") if rank == 0 else None
     return last
 
 
@@ -358,13 +372,13 @@ def train(cfg):
 
 
 def compare(cfg, last):
-    """Set the run beside its baseline and print both."""
-    baseline = read_settings(cfg.baseline)
-    companion_run(cfg, cfg.baseline)
-    alone = read_log(Path(cfg.runs, baseline.name, "log.jsonl"))[-1]
-    for name, entry in (baseline.name, alone), (cfg.name, last):
-        print(f"{name:<30} top-1 {entry['top1']:.2f}")
-    print(f"{'difference':<30}       {last['top1'] - alone['top1']:+.2f}")
+    """Train the baseline (or find it finished) and print both, top-1 of the last epoch."""
+    folder = companion_run(cfg, cfg.baseline).parent
+    if distributed.is_main():
+        alone = read_log(folder / "log.jsonl")[-1]
+        for name, entry in (folder.name, alone), (cfg.name, last):
+            print(f"{name:<24} top-1 {entry['top1']:6.2f}")
+        print(f"{'difference':<24}       {last['top1'] - alone['top1']:+6.2f}")
 
 
 def evaluate_file(cfg, path):

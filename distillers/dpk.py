@@ -161,12 +161,14 @@ class DPKStage(nn.Module):
     def __init__(self, student_channels, teacher_channels, *, encoder=(128, 6, 8), decoder=(128, 4, 8), patch=1,
                  ratio=None, min_ratio=0.15, fallback_ratio=0.9, min_tokens=2, teacher_tokens=True):
         super().__init__()
-        for name, (dim, depth, heads) in ("encoder", encoder), ("decoder", decoder):
-            if min(dim, depth, heads) < 1 or dim % heads:
-                raise ValueError(f"{name}: [dim, depth, heads] = {[dim, depth, heads]}: heads must divide dim")
+        for name, sizes in ("encoder", encoder), ("decoder", decoder):
+            if [type(size) for size in sizes] != [int] * 3 or min(sizes) < 1 or sizes[0] % sizes[2]:
+                raise ValueError(f"{name}: {list(sizes)} is not [dim, depth, heads], whole, and heads divides dim")
         for name, share in ("ratio", ratio), ("min_ratio", min_ratio), ("fallback_ratio", fallback_ratio):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name}: {share} is not between 0 and 1")
+        if patch < 1 or min_tokens < 0:
+            raise ValueError(f"patch, min_tokens: {patch}, {min_tokens}: patch is at least 1, min_tokens at least 0")
         self.channels = student_channels, teacher_channels
         self.patch, self.ratio, self.cka = patch, ratio, math.nan
         self.min_ratio, self.fallback_ratio, self.min_tokens = min_ratio, fallback_ratio, min_tokens
@@ -250,6 +252,23 @@ def map_shapes(model, image_size):
 STAGE = {"student": -1, "teacher": -1, "weight": 1.0, "encoder": (128, 6, 8), "decoder": (128, 4, 8)}
 
 
+def check_stage(stage):
+    """The dict `stage` where its keys and the types of its values are those of STAGE; else ValueError."""
+    if not isinstance(stage, dict):
+        raise ValueError(f"stages: {stage!r} is not a mapping of {', '.join(STAGE)}")
+    for key, value in stage.items():
+        if key not in STAGE:
+            nearest = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
+            raise ValueError(f"stages: unknown key {key!r}; nearest: {nearest}; valid: {', '.join(STAGE)}")
+        if key == "weight":
+            valid = type(value) in (int, float) and 0 <= value < math.inf
+        else:
+            valid = isinstance(value, (list, tuple)) if key in ("encoder", "decoder") else type(value) is int
+        if not valid:
+            raise ValueError(f"stages: {key}: {value!r} is not valid; for instance {STAGE[key]}")
+    return stage
+
+
 class DPK(nn.Module):
     """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage (defaults: CIFAR-100).
 
@@ -272,6 +291,9 @@ class DPK(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
+        if min(ce_weight, kd_weight, feature_weight) < 0:
+            raise ValueError(f"ce_weight, kd_weight, feature_weight: {ce_weight}, {kd_weight}, {feature_weight}: "
+                             "one is negative")
         if isinstance(ratio, str) and ratio not in ("dynamic", "linear", "exponential"):
             raise ValueError(f"ratio: {ratio!r}; valid: dynamic, linear, exponential, or a number from 0 to 1")
         if ratio in ("linear", "exponential") and not schedule_epochs:
@@ -288,11 +310,7 @@ class DPK(nn.Module):
         shapes = {"student": map_shapes(student, image_size), "teacher": map_shapes(teacher, image_size)}
         self.plan, self.stages = [], nn.ModuleList()
         for stage in stages or ({"student": -2, "teacher": -2, "weight": 0.6}, {}):
-            for key in stage:
-                if key not in STAGE:
-                    near = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
-                    raise ValueError(f"stages: unknown key {key!r}, nearest: {near}; valid: {', '.join(STAGE)}")
-            stage = STAGE | stage
+            stage = STAGE | check_stage(stage)
             for name, maps in shapes.items():
                 if stage[name] not in range(-len(maps), len(maps)):
                     raise ValueError(f"stages: the {name} has no map {stage[name]}; valid: 0 to {len(maps) - 1}")

@@ -6,7 +6,9 @@ from torch import nn
 
 
 def hint_loss(student_map, teacher_map):
-    """Mean squared error of two maps of one shape (B, C, H, W), in float32 (eq. 3 of the paper)."""
+    """Mean squared error of two maps of one shape (B, C, H, W), in float32 (eq. 3 of the paper); else ValueError."""
+    if student_map.shape != teacher_map.shape:  # mse_loss would broadcast
+        raise ValueError(f"hints of two shapes: student {tuple(student_map.shape)}, teacher {tuple(teacher_map.shape)}")
     return F.mse_loss(student_map.float(), teacher_map.float())
 
 
@@ -46,12 +48,14 @@ class FitNet(nn.Module):
     student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
     image_size: side in pixels of the image on which the shapes of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted.
-    Raises ValueError for a stage that a network lacks, and for maps that no regressor joins.
+    Raises ValueError for a negative weight, a stage that a network lacks, and for maps that no regressor joins.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, hint_weight: float = 100.0,
                  student_stage: int = 2, teacher_stage: int = 2, image_size: int = 32):
         super().__init__()
+        if min(ce_weight, hint_weight) < 0:
+            raise ValueError(f"ce_weight, hint_weight: {ce_weight}, {hint_weight}: one is negative")
         self.student = student
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))

@@ -56,7 +56,7 @@ class ICKD(nn.Module):
     teacher's map is not projected. projector_kernel: 1 on CIFAR, 3 on ImageNet. "Without KL" is kd_weight = 0.
     image_size: side in pixels of the image on which the shapes of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "icc": scalars}), weighted.
-    Raises ValueError for a temperature that is not positive and for an even kernel.
+    Raises ValueError for a temperature that is not positive, a negative weight and an even kernel.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, kd_weight: float = 1.0, icc_weight: float = 2.5,
@@ -64,6 +64,9 @@ class ICKD(nn.Module):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
+        if min(ce_weight, kd_weight, icc_weight) < 0:
+            raise ValueError(f"ce_weight, kd_weight, icc_weight: {ce_weight}, {kd_weight}, {icc_weight}: "
+                             "one is negative")
         if projector_kernel < 1 or projector_kernel % 2 == 0:
             raise ValueError(f"projector_kernel: {projector_kernel} is not a positive odd number")
         self.student = student

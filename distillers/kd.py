@@ -19,13 +19,15 @@ class KD(nn.Module):
     """ce_weight · CE + kd_weight · KL; the defaults are the protocol of RepDistiller and mdistiller.
 
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "kd": scalar}), weighted.
-    Raises ValueError for a temperature that is not positive.
+    Raises ValueError for a temperature that is not positive and for a negative weight.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 0.1, kd_weight: float = 0.9, temperature: float = 4.0):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
+        if min(ce_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, kd_weight: {ce_weight}, {kd_weight}: one is negative")
         self.student = student
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def write(path, data):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        if partial.is_file():
+        if os.path.isfile(partial):  # Path.is_file raises where the name is too long
             partial.unlink()
         raise InputError("runs", f"cannot write {path}: {error.strerror}; what was there before is kept") from None
 
@@ -64,10 +65,12 @@ def load(path, key):
     except FileNotFoundError:
         raise InputError(key, f"{path} is missing") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        # After torch's advice to load the file unsafely.
+        reason = re.split(r"WeightsUnpickler error:|\n\n", str(error), maxsplit=1)[-1].strip().split("\n")[0]
         raise InputError(key, f"{path} is not a file of weights alone, or damaged: {reason}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(key, f"{path} is damaged or not a torch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file raises all sorts, struct.error and AssertionError among them
+        reason = [*str(error).splitlines(), type(error).__name__][0]
+        raise InputError(key, f"{path} is damaged or not a torch file: {reason}") from None
 
 
 def _bare(name):
@@ -87,7 +90,8 @@ def network_weights(content):
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         return {}
-    weights = {_bare(name): value for name, value in content.items()}
+    weights = {_bare(name): value for name, value in content.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if any(name.startswith("student.") for name in weights):
         weights = {_bare(name.removeprefix("student.")): value
                    for name, value in weights.items() if name.startswith("student.")}

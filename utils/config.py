@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import inspect
-import math
 import re
 import types
 import typing
@@ -17,8 +16,13 @@ class NumberLoader(yaml.SafeLoader):
     """A SafeLoader for which 1e-3 is a number; YAML 1.1 takes it for a string unless written 1.0e-3."""
 
 
-NumberLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+class NumberDumper(yaml.SafeDumper):
+    """Its counterpart, which quotes a text such as '1e3'."""
+
+
+for resolver in NumberLoader, NumberDumper:
+    resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def setting(default, help, *, choices=None, low=None, above=None):
@@ -44,7 +48,7 @@ def load_config(cls, path, overrides=()):
             values = yaml.load(file, NumberLoader)
     except OSError as error:
         raise InputError("--cfg", f"cannot read {path}: {error.strerror}; valid: a YAML file, see yaml/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or a date such as 2020-13-45
         raise InputError("--cfg", f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError("--cfg", f"{path} holds a {type(values).__name__}; valid: a mapping of settings")
@@ -64,7 +68,7 @@ def _override(values, override):
             raise InputError(key, f"{parent} is not a section, so it has no {last}")
     try:
         values[last] = yaml.load(text, NumberLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(key, f"{text!r} is not a YAML value") from None
 
 
@@ -106,13 +110,13 @@ def unknown_key(key, name, valid):
 
 def check_value(key, value, annotation, choices=None, low=None, above=None):
     """`value` where it is of the type `annotation` and within its bounds (an int does for a float)."""
-    if annotation is float and type(value) is int:
-        value = float(value)
     if not _is_a(value, annotation):
         name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         raise InputError(key, f"{value!r} is not valid; valid: {name}")
+    if annotation is float:
+        value = float(value)
     if choices and value not in choices:
-        raise InputError(key, f"{value!r} is not valid; valid: {', '.join(map(str, choices))}")
+        raise InputError(key, f"{value!r} is not valid; valid: {', '.join(map(yaml_value, choices))}")
     for number in value if isinstance(value, list) else [value]:
         if low is not None and number < low or above is not None and not number > above:
             bound = f"at least {low}" if low is not None else f"more than {above}"
@@ -128,7 +132,7 @@ def _is_a(value, annotation):
     if annotation in (None, type(None)):
         return value is None
     if annotation is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < 2**1024  # finite, and an int not too large for a float
     if annotation is int:
         return type(value) is int
     return isinstance(value, annotation)
@@ -148,18 +152,18 @@ def describe(cls, prefix=""):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help, choices = field.metadata["help"], field.metadata["choices"]
         lines.append(f"  {prefix + field.name + '=' + yaml_value(default):<38} "
-                     f"{help}{' (' + ', '.join(map(str, choices)) + ')' if choices else ''}")
+                     f"{help}{' (' + ', '.join(map(yaml_value, choices)) + ')' if choices else ''}")
     return lines
 
 
 def yaml_value(value):
     """A value as one writes it in a YAML file, on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return yaml.dump(value, Dumper=NumberDumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
 def yaml_text(config):
     """A dataclass of settings as the text of a YAML file."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=NumberDumper, sort_keys=False)
 
 
 def flatten(values, prefix=""):

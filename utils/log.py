@@ -17,8 +17,11 @@ from utils import checkpoint, distributed
 
 def environment(device, world):
     """Versions, git sha, hardware and command: the first line of a log."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # git is not installed
+        git = ""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -28,7 +31,7 @@ def environment(device, world):
         hardware = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__, "git": git.stdout.strip() or None, "hardware": hardware, "processes": world,
+        "numpy": numpy.__version__, "git": git or None, "hardware": hardware, "processes": world,
         "command": " ".join([os.path.basename(sys.executable), *sys.argv]),
     }
 

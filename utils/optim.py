@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from utils.errors import InputError
+
 
 def learning_rate(epoch, *, lr, epochs, schedule="step", milestones=(), gamma=0.1, warmup_epochs=0, min_lr=0.0):
     """The learning rate of `epoch` (from 0), a float: nothing to save, nothing to resume wrongly.
@@ -24,7 +26,12 @@ def build_optimizers(distiller, student, connectors):
 
     `student` and `connectors` are the settings of those names. Otherwise the connectors are a group of their own in the
     student's SGD, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
+    Raises InputError for settings that the optimizers refuse.
     """
+    if student.nesterov and not student.momentum:
+        raise InputError("optimizer.nesterov", "needs a momentum; valid: false, or optimizer.momentum above 0")
+    if len(connectors.betas) != 2 or max(connectors.betas) >= 1:
+        raise InputError("connectors.betas", f"{connectors.betas} is not valid; valid: two numbers below 1")
     own = {id(parameter) for parameter in distiller.student.parameters()}
     groups = [{"params": list(distiller.student.parameters()), "weight_decay": student.weight_decay}]
     rest = [parameter for parameter in distiller.parameters() if id(parameter) not in own]

@@ -284,7 +284,7 @@ def test_shapes_are_checked_and_both_named():
     stage = DPKStage(6, 10, **SMALL)
     with pytest.raises(ValueError, match=r"\(8, 5, 4, 4\).*\(8, 10, 4, 4\)"):
         stage(torch.randn(8, 5, 4, 4), torch.randn(8, 10, 4, 4))
-    with pytest.raises(ValueError, match="heads must divide"):
+    with pytest.raises(ValueError, match="heads divides dim"):
         DPKStage(6, 10, encoder=(30, 1, 4))
     with pytest.raises(ValueError, match="ratio: 1.5"):
         DPKStage(6, 10, ratio=1.5)
@@ -359,7 +359,9 @@ def test_ablations_are_arguments():
 @pytest.mark.parametrize("arguments, message", [
     ({"stages": [{"student": 9}]}, "the student has no map 9; valid: 0 to 3"),
     ({"stages": [{"decodr": [8, 1, 1]}]}, "nearest: decoder"),
-    ({"stages": [{"encoder": [30, 1, 4]}]}, "heads must divide"),
+    ({"stages": [{"encoder": [30, 1, 4]}]}, "heads divides dim"),
+    ({"stages": [{"encoder": 64}]}, "stages: encoder: 64"),
+    ({"stages": [{"weight": "big"}]}, "stages: weight: 'big'"),
     ({"ratio": "cosine"}, "valid: dynamic"),
     ({"ratio": 2.0}, "ratio: 2.0"),
     ({"ratio": "linear"}, "schedule_epochs"),

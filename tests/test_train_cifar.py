@@ -1,0 +1,483 @@
+"""The program itself: whole runs, in this process where nothing is killed, else by subprocess."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import train_cifar
+from models import MODELS
+from utils import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
+DISTILLERS = {
+    "ce": {"name": "ce"},
+    "kd": {"name": "kd"},
+    "fitnet": {"name": "fitnet", "student_stage": 1, "teacher_stage": 1},
+    "ickd": {"name": "ickd"},
+    "dpk": {"name": "dpk", "stages": [{"student": 2, "teacher": 2, **SMALL}]},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_signals():
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A function that writes a small YAML file, changed as asked, and returns its path."""
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "teacher.pth", {"model": MODELS["plaincnn4"]().state_dict()})
+
+    def write(method="dpk", name="run.yaml", **changes):
+        settings = {
+            "runs": str(tmp_path / "runs"),
+            "data": {"name": "synthetic", "samples": 300},
+            "student": {"name": "plaincnn2"},
+            "teacher": {"name": "plaincnn4", "checkpoint": str(tmp_path / "teacher.pth")},
+            "distiller": DISTILLERS[method],
+            "epochs": 2, "batch_size": 64, "log_every": 2, "precision": "fp32",
+            "connectors": {"optimizer": "adamw" if method == "dpk" else "sgd"},
+        } | changes
+        (tmp_path / name).write_text(yaml.safe_dump(settings))
+        return str(tmp_path / name)
+
+    return write
+
+
+def run(*arguments, check=0, **options):
+    """train_cifar.py as a process of its own."""
+    result = subprocess.run([sys.executable, str(ROOT / "train_cifar.py"), "--cfg", *map(str, arguments)],
+                            capture_output=True, text=True, cwd=options.pop("cwd", ROOT), timeout=240,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **options)
+    assert result.returncode == check, result.stdout + result.stderr
+    return result
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), "--cfg", *map(str, arguments)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def log(folder):
+    """A run's log without what differs from one machine and hour to the next."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines[1:]]
+
+
+def same_weights(a, b):
+    a, b = (checkpoint.load(path, "test")["model"] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("method", DISTILLERS)
+def test_a_run_leaves_plain_results(config, tmp_path, method, capsys):
+    assert train_cifar.main(["--cfg", config(method)]) == 0
+    folder = tmp_path / "runs" / "run"
+    header, *epochs = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+    assert {"run", "torch", "torchvision", "numpy", "python", "git", "hardware", "command", "processes"} <= set(header)
+    assert [entry["epoch"] for entry in epochs] == [1, 2]
+    losses = {"ce": ["ce"], "kd": ["ce", "kd"], "fitnet": ["ce", "hint"], "ickd": ["ce", "icc", "kd"],
+              "dpk": ["ce", "kd", "dpk_2", "cka_2", "ratio_2"]}[method]
+    for entry in epochs:
+        assert {"top1", "top5", "lr", "images_per_s", "seconds", "train_top1", *losses} <= set(entry)
+        assert 0 <= entry["top1"] <= entry["top5"] <= 100
+    assert ("lr_connectors" in epochs[0]) == (method == "dpk")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.05
+    student = checkpoint.load(folder / "student.pth", "test")
+    assert student["accuracy"] == epochs[-1]["top1"]
+    MODELS["plaincnn2"]().load_state_dict(student["model"])
+    state = checkpoint.load(folder / "latest.pth", "test")
+    assert not any("teacher." in key for key in state["distiller"])  # DPK's teacher_encoder is no teacher
+    connectors = {"fitnet": "regressor", "ickd": "projector", "dpk": "stages"}.get(method, "student")
+    assert any(key.startswith(connectors) for key in state["distiller"])
+    capsys.readouterr()
+    assert train_cifar.main(["--cfg", config(method)]) == 0  # the same command again
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_and_memory_format(config, tmp_path, precision):
+    path = config(precision=precision, channels_last=False, epochs=1, name=f"{precision}.yaml")
+    assert train_cifar.main(["--cfg", path]) == 0
+    entry = log(tmp_path / "runs" / precision)[-1]
+    assert all(value is not None for value in entry.values())
+    scale = checkpoint.load(tmp_path / "runs" / precision / "latest.pth", "test")["scaler"]
+    assert bool(scale) == (precision == "fp16")
+
+
+def test_killed_at_any_instant_and_resumed_is_the_same_run(config, tmp_path):
+    path = config(epochs=3)
+    run(path, "name=whole")
+    killed, rng = 0, np.random.default_rng(0)
+    for _ in range(6):
+        process = start(path, "name=killed")
+        wait = rng.uniform(0.2, 1.5)
+        while process.poll() is None and not (tmp_path / "runs/killed").exists():
+            time.sleep(0.01)
+        time.sleep(wait)
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.communicate()
+    run(path, "name=killed")
+    assert killed >= 2
+    assert log(tmp_path / "runs/killed") == log(tmp_path / "runs/whole")
+    assert same_weights(tmp_path / "runs/killed/student.pth", tmp_path / "runs/whole/student.pth")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_in_mid_epoch_and_leaves_cleanly(config, tmp_path, number):
+    path = config(epochs=2, data={"name": "synthetic", "samples": 3000})
+    process = start(path, "name=stopped")
+    while not (tmp_path / "runs/stopped/log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.4)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "the same command goes on" in output and "Traceback" not in output
+    state = checkpoint.load(tmp_path / "runs/stopped/latest.pth", "test")
+    assert state["epoch"] == 0 and 0 < state["step"] < 47  # in the middle of the first epoch
+    assert f"step {state['step'] + 1}" in run(path, "name=stopped").stdout
+    run(path, "name=whole")
+    assert log(tmp_path / "runs/stopped") == log(tmp_path / "runs/whole")
+    assert same_weights(tmp_path / "runs/stopped/student.pth", tmp_path / "runs/whole/student.pth")
+
+
+def test_stop_after_leaves_by_itself_and_log_ahead_of_checkpoint_is_cut_back(config, tmp_path):
+    path = config()
+    folder = tmp_path / "runs/run"
+    assert "saved at epoch 1, step 1" in run(path, "stop_after=0.1").stdout
+    with open(folder / "log.jsonl", "a") as file:  # as if killed between the log's line and the checkpoint
+        file.write('{"epoch": 1, "top1": 99.0}\n{"epoch": 2, "to')
+    (folder / "latest.pth.partial").write_bytes(b"half a checkpoint")
+    run(path)
+    run(path, "name=whole")
+    assert log(folder) == log(tmp_path / "runs/whole")
+
+
+def test_stopped_after_the_last_step_of_an_epoch(config, tmp_path, monkeypatch):
+    path = config(epochs=1)
+
+    def at_the_last_step(self, step):  # 300 images: four batches of 64 and one of 44
+        self.asked = step == 4
+        return self.asked
+
+    monkeypatch.setattr(train_cifar.Stopper, "__call__", at_the_last_step)
+    assert train_cifar.main(["--cfg", path]) == 0
+    assert checkpoint.load(tmp_path / "runs/run/latest.pth", "test")["step"] == 5
+    monkeypatch.undo()
+    assert train_cifar.main(["--cfg", path]) == 0
+    assert train_cifar.main(["--cfg", path, "name=whole"]) == 0
+    assert log(tmp_path / "runs/run") == log(tmp_path / "runs/whole")
+
+
+def test_a_non_finite_loss_stops_with_its_name_and_keeps_the_checkpoint(config, tmp_path, monkeypatch, capsys):
+    path = config("kd", epochs=3)
+    real, calls = train_cifar.DISTILLERS["kd"].forward, []
+
+    def poisoned(self, images, targets):
+        logits, losses = real(self, images, targets)
+        calls.append(0)
+        if len(calls) == 8:  # the third step of the second epoch of five
+            losses["kd"] = losses["kd"] * float("nan")
+        return logits, losses
+
+    monkeypatch.setattr(train_cifar.DISTILLERS["kd"], "forward", poisoned)
+    assert train_cifar.main(["--cfg", path]) == 1
+    error = capsys.readouterr().err
+    assert "'kd'" in error and "epoch 2, step 3" in error and error.count("\n") == 1
+    state = checkpoint.load(tmp_path / "runs/run/latest.pth", "test")
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["distiller"].values())
+    monkeypatch.undo()
+    assert train_cifar.main(["--cfg", path]) == 0
+
+
+def test_validation_split_reports_on_held_out_training_images(config, tmp_path):
+    assert train_cifar.main(["--cfg", config("kd"), "val_split=100", "epochs=1"]) == 0
+    top1 = log(tmp_path / "runs/run")[-1]["top1"]
+    assert top1 == round(top1)  # of 100 images; the test set has 60
+
+
+def test_two_processes_are_one_run(config, tmp_path):
+    path = config(epochs=1, device="cpu")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
+    command = [*torchrun, str(ROOT / "train_cifar.py"), "--cfg", path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def two(*arguments):
+        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
+                                env=environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    two("name=two", "val_split=7")  # 7 images on 2 processes
+    assert log(tmp_path / "runs/two")[-1]["top1"] in [pytest.approx(100 * n / 7) for n in range(8)]
+    assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / "runs/two/student.pth"), "val_split=7"]) == 0
+    assert "saved at epoch 1, step 2" in two("name=stopped", "stop_after=0.1")  # all agree, where log_every divides
+    rows = checkpoint.load(tmp_path / "runs/stopped/latest.pth", "test")["table"]["rows"]
+    assert rows[:3, -1].tolist() == [64, 64, 0]  # the images of both processes, none twice
+    assert "is finished" not in two("name=stopped")
+    assert "is finished" in two("name=stopped")
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """DDP over two gloo processes, half a batch each, against the whole batch; BatchNorm in eval mode."""
+    code = '''
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, sys.argv[1])
+from distillers import DISTILLERS
+from models import MODELS
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+for name, arguments in ("ce", {}), ("kd", {}), ("fitnet", {}), ("ickd", {}):
+    torch.manual_seed(0)
+    distiller = DISTILLERS[name](MODELS["plaincnn2"](), MODELS["plaincnn4"](), **arguments).eval()
+    images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+    sum(distiller(images, targets)[1].values()).backward()
+    whole = [p.grad.clone() for p in distiller.parameters()]
+    distiller.zero_grad()
+    rank, model = dist.get_rank(), DistributedDataParallel(distiller)
+    sum(model(images[rank::2], targets[rank::2])[1].values()).backward()
+    for a, b in zip(whole, distiller.parameters()):
+        assert (a - b.grad).norm() <= 1e-5 * max(a.norm(), 1), (name, (a - b.grad).norm(), a.norm())
+dist.destroy_process_group()
+'''
+    (tmp_path / "two.py").write_text(code)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                             "--master_port=29542", str(tmp_path / "two.py"), str(ROOT)],
+                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_a_missing_teacher_is_one_line_with_the_command_or_is_trained(config, tmp_path, capsys):
+    teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
+    missing = {"name": "plaincnn4", "checkpoint": str(tmp_path / "runs/teacher/student.pth"), "cfg": teacher}
+    path = config("kd", teacher=missing, epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 2
+    assert f"python train_cifar.py --cfg {teacher}" in capsys.readouterr().err
+    assert train_cifar.main(["--cfg", path, "teacher.train=true"]) == 0
+    assert (tmp_path / "runs/teacher/student.pth").exists()
+    capsys.readouterr()
+    assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=second"]) == 0
+    assert "teacher: finished" not in capsys.readouterr().out  # cached
+    elsewhere = str(tmp_path / "elsewhere.pth")
+    assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=third", f"teacher.checkpoint={elsewhere}"]) == 0
+    assert same_weights(elsewhere, missing["checkpoint"])
+
+
+def test_teachers_accuracy_is_printed_and_checked(config, capsys):
+    assert train_cifar.main(["--cfg", config("kd", epochs=1), "teacher.accuracy=50"]) == 2
+    captured = capsys.readouterr()
+    assert "top-1 " in captured.out and "more than 0.5 below 50" in captured.err
+    assert train_cifar.main(["--cfg", config("kd", epochs=1), "teacher.accuracy=0.4"]) == 0
+
+
+def test_eval_of_student_and_teacher_and_of_neither(config, tmp_path, capsys):
+    path = config("kd", epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 0
+    files = {"teacher.pth": "plaincnn4", "runs/run/student.pth": "plaincnn2", "runs/run/latest.pth": "plaincnn2"}
+    for file, name in files.items():
+        capsys.readouterr()
+        assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / file)]) == 0
+        assert f"{name}, top-1" in capsys.readouterr().out
+    expected = log(tmp_path / "runs/run")[-1]["top1"]
+    assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / "runs/run/student.pth")]) == 0
+    assert f"top-1 {expected:.2f}" in capsys.readouterr().out
+    checkpoint.save(tmp_path / "other.pth", MODELS["resnet8"]().state_dict())
+    assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / "other.pth")]) == 2
+    error = capsys.readouterr().err
+    assert "plaincnn2" in error and "plaincnn4" in error
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *arguments):
+    """The one line that a bad input gets."""
+    assert train_cifar.main(["--cfg", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {arguments[0]}: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("override, words", [
+    ("optimizer.lr=-0.1", ["optimizer.lr", "-0.1", "more than 0"]),
+    ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "float"]),
+    ("optimizer.learning_rate=0.1", ["optimizer.learning_rate", "nearest"]),
+    ("optimiser.lr=0.1", ["optimiser", "nearest: optimizer"]),
+    ("epochs=0", ["epochs", "at least 1"]),
+    ("epochs=2.5", ["epochs", "int"]),
+    ("batch_size=true", ["batch_size", "int"]),
+    ("precision=fp8", ["precision", "bf16, fp16, fp32"]),
+    ("student.name=resnet21", ["student.name", "resnet20"]),
+    ("teacher.name=resnet21", ["teacher.name", "resnet20"]),
+    ("distiller.name=dkd", ["distiller.name", "ce, kd, fitnet, ickd, dpk"]),
+    ("distiller.temprature=4", ["distiller.temprature", "nearest: temperature"]),
+    ("distiller.temperature=0", ["distiller", "temperature"]),
+    ("distiller.kd_weight=-1", ["distiller", "negative"]),
+    ("distiller.stages=[{student: 7}]", ["the student has no map 7", "0 to 2"]),
+    ("distiller.stages=[{studnt: 1}]", ["nearest: student"]),
+    ("distiller.stages=[{encoder: [30, 1, 4]}]", ["heads divides dim"]),
+    ("distiller.stages=3", ["distiller.stages"]),
+    ("distiller.stages=[3]", ["stages: 3"]),
+    ("distiller.stages=[{student: 1.5}]", ["student: 1.5"]),
+    ("distiller.stages=[{weight: -1}]", ["weight: -1"]),
+    ("distiller.patch=0", ["patch"]),
+    ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, ickd, dpk"]),
+    ("data.name=imagenet", ["data.name", "cifar100"]),
+    ("data=cifar100", ["data", "section"]),
+    ("nonsense", ["nonsense", "key.sub=value"]),
+    ("=3", ["key.sub=value"]),
+    ("val_split=300", ["val_split"]),
+    ("device=tpu", ["device", "cuda, cpu"]),
+    ("teacher.checkpoint=nowhere.pth", ["teacher.checkpoint", "nowhere.pth", "is missing"]),
+    ("runs=/proc/nowhere", ["runs", "cannot write"]),
+])
+def test_bad_settings_get_one_line(config, capsys, override, words):
+    error = refused(capsys, config(epochs=1), override)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, ["cannot read"]), ("", ["mapping"]), ("- 1\n- 2", ["mapping"]), ("just text", ["mapping"]),
+    ("a: [1", ["not YAML"]), ("a:\n\t- b: 1", ["not YAML"]),
+])
+def test_bad_yaml_files_get_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    error = refused(capsys, path)
+    for word in words:
+        assert word in error
+
+
+def test_numbers_without_a_dot_are_numbers(config, tmp_path):
+    path = Path(config("ce", epochs=1))
+    path.write_text(path.read_text() + "optimizer: {lr: 5e-2, weight_decay: 5e-4}\n")
+    assert train_cifar.read_settings(path, ["optimizer.gamma=1e-1"]).optimizer == \
+        train_cifar.OptimizerSettings(lr=0.05, weight_decay=0.0005, gamma=0.1)
+
+
+def test_bad_teacher_files_get_one_line(config, tmp_path, capsys):
+    file = tmp_path / "bad.pth"
+    whole = (tmp_path / "x").with_name("teacher.pth")
+    path = config("kd", epochs=1)
+    file.write_bytes(whole.read_bytes()[:5000])
+    assert "bad.pth" in refused(capsys, path, f"teacher.checkpoint={file}")
+    checkpoint.save(file, MODELS["resnet8"]().state_dict())
+    assert "plaincnn4" in refused(capsys, path, f"teacher.checkpoint={file}")
+    checkpoint.save(file, MODELS["plaincnn4"](num_classes=10).state_dict())
+    assert "(10, 64) in the file, (100, 64) here" in refused(capsys, path, f"teacher.checkpoint={file}")
+
+
+def test_a_bad_companion_file_is_named(config, tmp_path, capsys):
+    (tmp_path / "teacher.yaml").write_text("epoch: 3")
+    path = config("kd", teacher={"name": "plaincnn4", "checkpoint": "no.pth", "cfg": str(tmp_path / "teacher.yaml")})
+    error = refused(capsys, path, "teacher.train=true")
+    assert "teacher.yaml" in error and "nearest: epochs" in error
+
+
+def test_a_corrupt_or_foreign_latest_is_kept_and_named(config, tmp_path, capsys):
+    path = config("kd", epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 0
+    latest = tmp_path / "runs/run/latest.pth"
+    error = refused(capsys, path, "optimizer.lr=0.1")
+    assert "optimizer.lr" in error and "0.05" in error and "name=" in error
+    content = latest.read_bytes()[:-500]
+    latest.write_bytes(content)
+    error = refused(capsys, path)
+    assert "corrupt" in error and "move it away" in error and latest.read_bytes() == content
+
+
+def test_a_folder_without_images_and_one_with_two_classes(config, tmp_path, capsys):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    settings = ["data.name=folder", f"data.root={images}"]
+    path = config("ce", epochs=1, batch_size=4)
+    assert str(images) in refused(capsys, path, *settings)
+    for split in "train", "val":
+        for label in "cat", "dog":
+            (images / split / label).mkdir(parents=True)
+    assert str(images) in refused(capsys, path, *settings)
+    rng = np.random.default_rng(0)
+    for split, n in ("train", 6), ("val", 3):
+        for label in "cat", "dog":
+            for i in range(n):
+                picture = Image.fromarray(rng.integers(0, 255, (50, 40, 3), np.uint8))
+                picture.save(images / split / label / f"{i}.png")
+    assert train_cifar.main(["--cfg", path, *settings]) == 0
+    assert log(tmp_path / "runs/run")[-1]["top5"] == 100  # of two classes
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(config, tmp_path):
+    path = config("kd", epochs=2)
+    run(path, "stop_after=0.1")
+    before = (tmp_path / "runs/run/latest.pth").read_bytes()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    error = run(path, check=2, preexec_fn=small_files).stderr
+    assert error.count("\n") == 1 and "cannot write" in error and "latest.pth" in error
+    assert (tmp_path / "runs/run/latest.pth").read_bytes() == before
+    assert not list((tmp_path / "runs/run").glob("*.partial"))
+    run(path)
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        train_cifar.main(["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for word in "milestones=[150, 180, 210]", "val_split=0", "stop_after=0", "icc_weight=2.5", "fallback_ratio=0.9":
+        assert word in text
+
+
+# ------------------------------------------------------------------------------------------------ what the project ships
+
+
+def test_the_shipped_teacher_fits_its_yaml():
+    cfg = train_cifar.read_settings(ROOT / "yaml/kd_res56_res20.yaml")
+    model = checkpoint.load_network(MODELS["resnet56"](), ROOT / cfg.teacher.checkpoint, "resnet56", "test")
+    assert checkpoint.load(ROOT / cfg.teacher.checkpoint, "test")["accuracy"] == cfg.teacher.accuracy
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+
+
+def test_the_quickstart(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "train_cifar.py", "--cfg", "yaml/quickstart.yaml", f"runs={tmp_path}",
+         f"teacher.checkpoint={tmp_path}/quickstart_teacher/student.pth"],
+        capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "difference" in result.stdout.splitlines()[-1]
+    teacher, alone, distilled = (log(tmp_path / name)[-1]["top1"] for name in
+                                 ("quickstart_teacher", "quickstart_student", "quickstart"))
+    assert teacher > 30 and alone > 10 and distilled > 10  # of 100 classes
