@@ -5,9 +5,6 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
-import difflib
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +36,7 @@ def minibatch_cka(x, y):
     that are the same for all images, and where noise makes a variance negative.
     """
     if len(x) < 4:
-        return torch.full((), math.nan, device=x.device)
+        return torch.full((), torch.nan, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         grams = []
         for features in x, y:
@@ -170,7 +167,7 @@ class DPKStage(nn.Module):
         if patch < 1 or min_tokens < 0:
             raise ValueError(f"patch, min_tokens: {patch}, {min_tokens}: patch is at least 1, min_tokens at least 0")
         self.channels = student_channels, teacher_channels
-        self.patch, self.ratio, self.cka = patch, ratio, math.nan
+        self.patch, self.ratio, self.cka = patch, ratio, torch.nan
         self.min_ratio, self.fallback_ratio, self.min_tokens = min_ratio, fallback_ratio, min_tokens
         self.student_encoder = Encoder(student_channels, patch, *encoder)
         # Without its tokens the teacher's encoder would be a dead module: no gradient, and an error under DDP.
@@ -258,10 +255,10 @@ def check_stage(stage):
         raise ValueError(f"stages: {stage!r} is not a mapping of {', '.join(STAGE)}")
     for key, value in stage.items():
         if key not in STAGE:
-            nearest = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
+            nearest = max(STAGE, key=lambda name: len(set(name) & set(str(key))))  # the most letters in common
             raise ValueError(f"stages: unknown key {key!r}; nearest: {nearest}; valid: {', '.join(STAGE)}")
         if key == "weight":
-            valid = type(value) in (int, float) and 0 <= value < math.inf
+            valid = type(value) in (int, float) and 0 <= value < torch.inf
         else:
             valid = isinstance(value, (list, tuple)) if key in ("encoder", "decoder") else type(value) is int
         if not valid:

@@ -461,7 +461,7 @@ def test_help_shows_every_setting(capsys):
         assert word in text
 
 
-# ------------------------------------------------------------------------------------------------ what the project ships
+# ----------------------------------------------------------------------------------------------- what the project ships
 
 
 def test_the_shipped_teacher_fits_its_yaml():
