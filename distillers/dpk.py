@@ -255,7 +255,7 @@ def check_stage(stage):
         raise ValueError(f"stages: {stage!r} is not a mapping of {', '.join(STAGE)}")
     for key, value in stage.items():
         if key not in STAGE:
-            nearest = max(STAGE, key=lambda name: len(set(name) & set(str(key))))  # the most letters in common
+            nearest = min(STAGE, key=lambda name: len(set(name) ^ set(str(key))))  # by the letters that differ
             raise ValueError(f"stages: unknown key {key!r}; nearest: {nearest}; valid: {', '.join(STAGE)}")
         if key == "weight":
             valid = type(value) in (int, float) and 0 <= value < torch.inf
