@@ -1,0 +1,158 @@
+"""Images a second of each part of training, for a pair of networks, and as a ratio to the bare bound.
+
+    python tests/benchmark.py resnet56 resnet20 [--batch 64] [--precision bf16] [--seconds 5]
+
+The bound of a distiller: the teacher's forward, and the student's forward and backward, on tensors already in memory,
+in the same precision; of ce, the student's alone. Its whole step adds the data pipeline, the losses and connectors, the
+backward through them, the optimizers and the table of the log. Bound and step are measured in turns, so that a machine
+that changes its pace does so for both. Sizes of DPK's modules are those of yaml/dpk_<pair>.yaml where it exists.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from distillers import DISTILLERS, dpk
+from models import MODELS
+from train_cifar import Settings, build_autocast, pick_device, read_settings
+from utils.data import Loader, load_data
+from utils.log import Table
+from utils.optim import build_optimizers, set_learning_rates
+
+
+def seconds_per_call(functions, budget, device):
+    """{name: median seconds}, the functions called in turns for `budget` seconds each after two calls to warm up."""
+    times = {name: [] for name in functions}
+    deadline = time.monotonic() + budget * len(functions)
+    while time.monotonic() < deadline or min(map(len, times.values())) < 5:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
+
+
+def dpk_settings(teacher, student):
+    """The settings of the YAML file that pairs these networks with DPK, or DPK's defaults."""
+    for path in sorted(Path(__file__).parents[1].glob("yaml/dpk_*.yaml")):
+        cfg = read_settings(path)
+        if (cfg.teacher.name, cfg.student.name) == (teacher, student):
+            return cfg
+    return Settings()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", choices=MODELS)
+    parser.add_argument("student", choices=MODELS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each figure")
+    parser.add_argument("--distillers", nargs="*", default=list(DISTILLERS), choices=list(DISTILLERS))
+    args = parser.parse_args()
+
+    cfg = Settings(batch_size=args.batch, precision=args.precision)
+    device = pick_device(cfg)
+    autocast = build_autocast(args.precision, device)
+    data = load_data("synthetic", samples=50 * args.batch)
+    loader = Loader(data.train, args.batch, mean=data.mean, std=data.std, train=True, device=device)
+    images, targets = loader.batch(0, 0)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.teacher} -> {args.student}, batch {args.batch}, {args.precision}, {name}, torch {torch.__version__}")
+
+    def network(name):
+        return MODELS[name]().to(device, memory_format=torch.channels_last)
+
+    def show(what, seconds, bound=None):
+        ratio = f"{bound / seconds:8.2f} of its bound" if bound else ""
+        print(f"{what:<28} {args.batch / seconds:10.0f} images/s {1000 * seconds:9.2f} ms {ratio}", flush=True)
+
+    student, teacher = network(args.student), network(args.teacher).eval()
+
+    @torch.no_grad()
+    def teacher_forward():
+        with autocast():
+            teacher(images)
+
+    def student_step():
+        with autocast():
+            logits = student(images)
+        F.cross_entropy(logits.float(), targets).backward()
+        student.zero_grad()
+
+    def both():
+        teacher_forward()
+        student_step()
+
+    parts = seconds_per_call({"data pipeline": lambda: loader.batch(0, 1), "teacher forward": teacher_forward,
+                              "student step": student_step}, args.seconds, device)
+    for what, seconds in parts.items():
+        show(what, seconds)
+
+    for name in args.distillers:
+        cfg = dpk_settings(args.teacher, args.student) if name == "dpk" else Settings()
+        arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
+        distiller = DISTILLERS[name](network(args.student), network(args.teacher), **arguments).to(device).train()
+        optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
+        set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
+        scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        table = Table(1, device)
+
+        def step(distiller=distiller, optimizers=optimizers, scaler=scaler, table=table):
+            torch.manual_seed(0)
+            batch, labels = loader.batch(0, 1)
+            with autocast():
+                logits, losses = distiller(batch, labels)
+            scaler.scale(sum(losses.values())).backward()
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            metrics = getattr(distiller, "metrics", {})
+            table.write(0, losses, metrics, (logits.argmax(1) == labels).sum(), len(labels))
+
+        times = seconds_per_call({"bound": student_step if name == "ce" else both, "step": step}, args.seconds, device)
+        show(f"{name}, whole step", times["step"], times["bound"])
+        if name == "dpk":
+            show_parts_of_dpk(distiller, images, autocast, args, device, show)
+
+
+def show_parts_of_dpk(distiller, images, autocast, args, device, show):
+    """Forward and backward of each part of each stage, alone, with half of the tokens given."""
+    with torch.no_grad(), autocast():
+        teacher_maps = distiller.teacher(images, return_features=True)[1]["maps"]
+        student_maps = distiller.student(images, return_features=True)[1]["maps"]
+    for (s, t, _), stage in zip(distiller.plan, distiller.stages):
+        H, W = teacher_maps[t].shape[2:]
+        student_map = F.interpolate(student_maps[s], (H, W), mode="bilinear", align_corners=True)
+        order = torch.rand(len(images), H * W // stage.patch**2, device=device).argsort(1)
+        given, visible = order.tensor_split(2, 1)
+        hybrid = torch.randn(*order.shape, stage.stitch.out_features, device=device)
+
+        def backward(function):
+            with autocast():
+                output = function()
+            output.float().sum().backward()
+            stage.zero_grad()  # noqa: B023, called at once
+
+        functions = {
+            "cka": lambda: dpk.minibatch_cka(student_map, teacher_maps[t]),  # noqa: B023
+            "student encoder": lambda: backward(lambda: stage.student_encoder(student_map, visible)),  # noqa: B023
+            "teacher encoder": lambda: backward(lambda: stage.teacher_encoder(teacher_maps[t], given)),  # noqa: B023
+            "decoder": lambda: backward(lambda: stage.decoder(hybrid)),  # noqa: B023
+        }
+        for part, seconds in seconds_per_call(functions, args.seconds / 2, device).items():
+            show(f"  {H}x{W}: {part}", seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The README keeps its word."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_of_a_copied_distiller_runs(tmp_path):
+    [example] = re.findall(r"```python\n(.*?)```", README, re.S)
+    (tmp_path / "example.py").write_text(example + "print(loss.item(), prior_ratio)\n")
+    shutil.copy(ROOT / "distillers/dpk.py", tmp_path)
+    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loss, ratio = map(float, result.stdout.split())
+    assert loss > 0 and 0.15 <= ratio <= 0.9
+
+
+def test_every_file_it_names_is_there():
+    named = set(re.findall(r"(?:yaml|checkpoints|tests|distillers|assets|models)/[\w.]+\.\w+", README))
+    assert {"yaml/quickstart.yaml", "assets/method.svg"} <= named
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def test_yaml_is_not_a_package():
+    assert not list((ROOT / "yaml").glob("*.py"))
+    assert Path(yaml.__file__).parent != ROOT / "yaml"
+
+
+def test_every_pair_has_its_four_files():
+    pairs = ["wrn40_2_wrn16_2", "wrn40_2_wrn40_1", "res56_res20", "res110_res20", "res110_res32", "res32x4_res8x4",
+             "vgg13_vgg8", "vgg13_mv2", "res50_mv2", "res50_vgg8", "res32x4_sv1", "res32x4_sv2", "wrn40_2_sv1"]
+    for pair in pairs:
+        for method in "kd", "fitnet", "ickd", "dpk":
+            assert (ROOT / f"yaml/{method}_{pair}.yaml").exists()
+    assert README.count(" → ") == len(pairs)
