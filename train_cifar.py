@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -22,11 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from distillers import DISTILLERS
 from models import MODELS
 from utils import checkpoint, distributed
-from utils.config import check_arguments, describe, flatten, load_config, section, setting, yaml_text
+from utils.config import check_arguments, help_text, load_config, section, setting
 from utils.data import Loader, load_data
 from utils.errors import InputError
-from utils.log import Table, environment, one_line, progress, read_log, tensorboard_writer, write_log
+from utils.log import Table, one_line, progress, read_log, tensorboard_writer
 from utils.optim import build_optimizers, set_learning_rates
+from utils.state import load_state, open_log, restore, save_state
 from utils.stopping import Stopped, Stopper
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -194,28 +196,51 @@ def build_distiller(cfg, student, teacher):
         raise InputError("distiller", str(error)) from None
 
 
+def set_up(cfg, rank, world, device):
+    """All that a run works with, from its settings alone."""
+    if rank > 0:  # rank 0 downloads, if need be
+        distributed.barrier()
+    data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
+    if rank == 0:
+        distributed.barrier()
+    run = SimpleNamespace(device=device, autocast=build_autocast(cfg.precision, device))
+    run.train_loader, run.test_loader = build_loaders(cfg, data, rank, world, device)
+    torch.manual_seed(cfg.seed)
+    run.student = build_network(cfg.student.name, len(data.classes), cfg, device)
+    run.teacher = load_teacher(cfg, len(data.classes), device) if cfg.distiller["name"] != "ce" else None
+    torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train a teacher
+    run.distiller = build_distiller(cfg, run.student, run.teacher).to(device)
+    run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    for model in (run.student, run.teacher) if cfg.compile else ():
+        if model is not None:
+            model.compile()
+    run.model = DistributedDataParallel(run.distiller) if world > 1 else run.distiller
+    return run
+
+
 # --------------------------------------------------------------------------------------------------------- one epoch
 
 
-def train_one_epoch(cfg, model, loader, optimizers, scaler, autocast, epoch, first_step, table, stop):
+def train_one_epoch(cfg, run, epoch, first_step, table, stop):
     """Steps `first_step` to the end of `epoch`, or to a stop; returns the number of steps done, rows in `table`."""
-    model.train()
-    metrics = getattr(getattr(model, "module", model), "metrics", {})
-    done = first_step
-    for step in progress(range(first_step, len(loader)), f"epoch {epoch + 1}/{cfg.epochs}"):
+    run.model.train()
+    metrics = getattr(run.distiller, "metrics", {})
+    done, steps = first_step, len(run.train_loader)
+    for step in progress(range(first_step, steps), f"epoch {epoch + 1}/{cfg.epochs}"):
         # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
-        torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
-        images, targets = loader.batch(epoch, step)
-        with autocast():
-            logits, losses = model(images, targets)
-        scaler.scale(sum(losses.values())).backward()
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
+        torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + run.train_loader.rank) % 2**63)
+        images, targets = run.train_loader.batch(epoch, step)
+        with run.autocast():
+            logits, losses = run.model(images, targets)
+        run.scaler.scale(sum(losses.values())).backward()
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
             optimizer.zero_grad()
-        scaler.update()
+        run.scaler.update()
         table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
         done, stopping = step + 1, stop(step)
-        if stopping or done % cfg.log_every == 0 or done == len(loader):
+        if stopping or done % cfg.log_every == 0 or done == steps:
             table.check(done, epoch)
         if stopping:
             break
@@ -226,6 +251,7 @@ def train_one_epoch(cfg, model, loader, optimizers, scaler, autocast, epoch, fir
 def evaluate(model, loader, autocast):
     """(top-1, top-5) in per cent over the whole split: counts summed over all processes, then divided."""
     model.eval()
+    distributed.broadcast_buffers(model)  # each process has BatchNorm statistics of its own; rank 0's are saved
     counts = torch.zeros(3, dtype=torch.int64, device=loader.device)  # right at the first guess, in five, of how many
     for step in range(len(loader)):
         images, targets = loader.batch(0, step)
@@ -242,22 +268,13 @@ def evaluate(model, loader, autocast):
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
-def load_state(cfg, folder):
-    """The content of latest.pth, or None. Raises InputError for one that is corrupt or of another run."""
-    path = folder / "latest.pth"
-    if not path.exists():
-        return None
-    try:
-        state = checkpoint.load(path, "name")
-        theirs, ours = flatten(state["config"]), flatten(dataclasses.asdict(cfg))
-    except (InputError, KeyError, TypeError) as error:
-        raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "
-                         "away, or give another name=...") from None
-    for key in sorted(theirs.keys() | ours.keys()):
-        if key not in NOT_PART_OF_A_RUN and theirs.get(key) != ours.get(key):
-            raise InputError(key, f"{ours.get(key)!r} now, {theirs.get(key)!r} in {path}; to start another run give "
-                             "another name=..., to go on with that one set this back")
-    return state
+def check_teacher(cfg, run, say):
+    """Print the teacher's accuracy; stop where it is not what the settings promise."""
+    top1, _ = evaluate(run.teacher, run.test_loader, run.autocast)
+    say(f"teacher {cfg.teacher.name} from {cfg.teacher.checkpoint}: top-1 {top1:.2f}")
+    if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
+        raise InputError("teacher.accuracy", f"{cfg.teacher.checkpoint} has top-1 {top1:.2f}, more than 0.5 below "
+                         f"{cfg.teacher.accuracy}: another file, other data, or another normalisation?")
 
 
 def train(cfg):
@@ -269,99 +286,57 @@ def train(cfg):
     rank, world, device = distributed.start(pick_device(cfg))
     stop = Stopper(cfg.stop_after, cfg.log_every, device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    state = load_state(cfg, folder)
+    state = load_state(cfg, folder, NOT_PART_OF_A_RUN)
     if state and state["epoch"] == cfg.epochs and (folder / "student.pth").exists():
         last = read_log(folder / "log.jsonl")[-1]
         say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
         return last
 
-    if rank > 0:  # rank 0 downloads, if need be
-        distributed.barrier()
-    data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
-    if rank == 0:
-        distributed.barrier()
-    train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
-    autocast = build_autocast(cfg.precision, device)
-    torch.manual_seed(cfg.seed)
-    student = build_network(cfg.student.name, len(data.classes), cfg, device)
-    teacher = None if cfg.distiller["name"] == "ce" else load_teacher(cfg, len(data.classes), device)
-    torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train a teacher
-    distiller = build_distiller(cfg, student, teacher).to(device)
-    if teacher is not None:
-        top1, _ = evaluate(teacher, test_loader, autocast)
-        say(f"teacher {cfg.teacher.name} from {cfg.teacher.checkpoint}: top-1 {top1:.2f}")
-        if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
-            raise InputError("teacher.accuracy", f"{cfg.teacher.checkpoint} has top-1 {top1:.2f}, more than 0.5 below "
-                             f"{cfg.teacher.accuracy}: another file, other data, or another normalisation?")
-    for model in (student, teacher) if cfg.compile else ():
-        if model is not None:
-            model.compile()
-    optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-
+    run = set_up(cfg, rank, world, device)
+    if run.teacher is not None:
+        check_teacher(cfg, run, say)
     epoch, step, best, seconds, saved_table = 0, 0, 0.0, 0.0, None
     if state:
         epoch, step, best, seconds, saved_table = (state[k] for k in ("epoch", "step", "best", "seconds", "table"))
-        distiller.load_state_dict(state["distiller"])
-        scaler.load_state_dict(state["scaler"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        restore(run, state)
         say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
-    if rank == 0:  # a log that ran ahead of the checkpoint, by a kill between the two, is cut back to it
-        header = read_log(folder / "log.jsonl")[:1] if state else []
-        header = header or [{"run": cfg.name} | environment(device, world)]
-        write_log(folder / "log.jsonl", header + read_log(folder / "log.jsonl", epoch)[1:] if state else header)
-        checkpoint.write(folder / "config.yaml", yaml_text(cfg))
-    model = DistributedDataParallel(distiller) if world > 1 else distiller
+    if rank == 0:
+        open_log(cfg, folder, state, world, device)
     writer = tensorboard_writer(folder) if cfg.tensorboard and rank == 0 else None
-
-    def save(step, seconds, table=None):
-        if table:
-            distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
-        if rank == 0:
-            checkpoint.save(folder / "latest.pth", {
-                "config": dataclasses.asdict(cfg), "epoch": epoch, "step": step, "best": best, "seconds": seconds,
-                "distiller": distiller.state_dict(), "scaler": scaler.state_dict(),
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                "table": {"names": table.names, "losses": table.losses, "rows": table.rows} if table else None})
 
     while epoch < cfg.epochs:
         clock = time.monotonic() - seconds
-        if hasattr(distiller, "set_epoch"):
-            distiller.set_epoch(epoch)
-        rates = set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, epoch, cfg.epochs)
-        table = Table(len(train_loader), device, saved_table)
+        if hasattr(run.distiller, "set_epoch"):
+            run.distiller.set_epoch(epoch)
+        rates = set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, epoch, cfg.epochs)
+        table = Table(len(run.train_loader), device, saved_table)
         if saved_table and rank > 0:
             table.rows.zero_()  # the sums of all processes so far are rank 0's
         try:
-            step = train_one_epoch(cfg, model, train_loader, optimizers, scaler, autocast, epoch, step, table, stop)
+            step = train_one_epoch(cfg, run, epoch, step, table, stop)
         except FloatingPointError as error:
             raise FloatingPointError(f"{folder}: {error}; latest.pth there is as of the last good save") from None
         seconds = time.monotonic() - clock
         if stop.asked:
-            save(step, seconds, table)
+            save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, seconds=seconds)
             raise Stopped(f"{folder}: saved at epoch {epoch + 1}, step {step}; the same command goes on from there")
         distributed.sum_over_processes(table.rows)
         speed = table.rows[:, -1].sum().item() / seconds
-        if world > 1:  # each process has BatchNorm statistics of its own; rank 0's are saved, so they are evaluated
-            for buffer in student.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        top1, top5 = evaluate(student, test_loader, autocast)
-        epoch, step, best, saved_table = epoch + 1, 0, max(best, top1), None
+        top1, top5 = evaluate(run.student, run.test_loader, run.autocast)
+        epoch, step, best, saved_table, seconds = epoch + 1, 0, max(best, top1), None, 0.0
         entry = {"epoch": epoch, "top1": top1, "top5": top5, "best_top1": best} | rates | table.means()
         entry |= {"images_per_s": speed, "seconds": time.monotonic() - clock}
-        seconds = 0.0
+        say(one_line(entry, cfg.epochs))
         if rank == 0:
             checkpoint.append(folder / "log.jsonl", entry)
-        say(one_line(entry, cfg.epochs))
-        if writer:
-            for key, value in entry.items():
-                writer.add_scalar(key, float("nan") if value is None else value, epoch)
-        save(0, 0.0)
+        for key, value in entry.items() if writer else ():
+            writer.add_scalar(key, float("nan") if value is None else value, epoch)
+        save_state(cfg, run, folder, epoch=epoch, step=0, best=best, seconds=0.0)
 
-    last = read_log(folder / "log.jsonl")[-1] if rank == 0 else {}
+    last = {}
     if rank == 0:
-        checkpoint.save(folder / "student.pth", {"model": student.state_dict(), "epoch": epoch,
+        last = read_log(folder / "log.jsonl")[-1]
+        checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
                                                  "accuracy": last["top1"]})
         say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
     distributed.barrier()
@@ -400,17 +375,8 @@ def evaluate_file(cfg, path):
     raise InputError("--eval", "; ".join(error.message for error in reasons))
 
 
-def help_text():
-    lines = ["settings, in the YAML file or as key.sub=value (here with their defaults):", *describe(Settings)]
-    for name, distiller in DISTILLERS.items():
-        arguments = [p for p in inspect.signature(distiller.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        lines += ["", f"distiller.name={name}", f"  {' '.join(f'{p.name}={p.default}' for p in arguments)}",
-                  *(f"  {line}" for line in inspect.getdoc(distiller).splitlines())]
-    return "\n".join(lines)
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this file of the student or the teacher instead")

@@ -156,6 +156,17 @@ def describe(cls, prefix=""):
     return lines
 
 
+def help_text(cls, functions):
+    """The text of --help: the settings, then {name: constructor} with their keyword-only arguments and docstrings."""
+    lines = ["settings, in the YAML file or as key.sub=value (here with their defaults):", *describe(cls)]
+    for name, function in functions.items():
+        arguments = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        lines += ["", f"distiller.name={name}"]
+        lines += [f"  distiller.{p.name}={yaml_value(p.default)}" for p in arguments]
+        lines += [f"  | {line}".rstrip() for line in inspect.getdoc(function).splitlines()]
+    return "\n".join(lines)
+
+
 def yaml_value(value):
     """A value as one writes it in a YAML file, on one line."""
     return yaml.dump(value, Dumper=NumberDumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -30,6 +30,13 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def broadcast_buffers(model):
+    """Give every process rank 0's buffers, BatchNorm's statistics for instance."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def barrier():
     """Wait for all processes."""
     if dist.is_initialized():

@@ -1,0 +1,55 @@
+"""Where a run stands: latest.pth, and a log that agrees with it."""
+
+import dataclasses
+
+from utils import checkpoint, distributed
+from utils.config import flatten, yaml_text
+from utils.errors import InputError
+from utils.log import environment, read_log, write_log
+
+
+def load_state(cfg, folder, ignored):
+    """The content of latest.pth, or None. Raises InputError for one that is corrupt, or of another run: one whose settings
+    differ in a key (as in "optimizer.lr") that is not in `ignored`.
+    """
+    path = folder / "latest.pth"
+    if not path.exists():
+        return None
+    try:
+        state = checkpoint.load(path, "name")
+        theirs, ours = flatten(state["config"]), flatten(dataclasses.asdict(cfg))
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "
+                         "away, or give another name=...") from None
+    for key in sorted(theirs.keys() | ours.keys()):
+        if key not in ignored and theirs.get(key) != ours.get(key):
+            raise InputError(key, f"{ours.get(key)!r} now, {theirs.get(key)!r} in {path}; to start another run give "
+                             "another name=..., to go on with that one set this back")
+    return state
+
+
+def save_state(cfg, run, folder, table=None, **where):
+    """Write latest.pth; `where`: epoch, step, best, seconds. In mid-epoch with the epoch's `table` so far."""
+    if table:
+        distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
+    if distributed.is_main():
+        checkpoint.save(folder / "latest.pth", where | {
+            "config": dataclasses.asdict(cfg), "distiller": run.distiller.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
+            "scaler": run.scaler.state_dict(),
+            "table": {"names": table.names, "losses": table.losses, "rows": table.rows} if table else None})
+
+
+def restore(run, state):
+    """Weights, optimizers and scaler of a load_state."""
+    run.distiller.load_state_dict(state["distiller"])
+    run.scaler.load_state_dict(state["scaler"])
+    for name, optimizer in run.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+
+
+def open_log(cfg, folder, state, world, device):
+    """Write the settings and the log's header, or cut a log that ran ahead of its checkpoint back to it."""
+    lines = read_log(folder / "log.jsonl", state["epoch"]) if state else []
+    write_log(folder / "log.jsonl", lines or [{"run": cfg.name} | environment(device, world)])
+    checkpoint.write(folder / "config.yaml", yaml_text(cfg))
