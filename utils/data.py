@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.synthetic import make_synthetic
 
 STATISTICS = {  # mean and standard deviation of a pixel in [0, 1], for R, G and B
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -51,7 +52,8 @@ def load_data(name, root="data", *, size=32, samples=10000, val_split=0):
     if name == "folder":
         train, test, classes = load_folder(Path(root), size)
     elif name == "synthetic":
-        train, test, classes = make_synthetic(samples, size)
+        *splits, classes = make_synthetic(samples, size)
+        train, test = (Split(*map(torch.from_numpy, split)) for split in splits)
     else:
         train, test, classes = load_cifar(name, Path(root))
     if not 0 <= val_split < len(train.labels):
@@ -151,61 +153,6 @@ def read_images(samples, size):
         except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
             raise InputError("data.root", f"{path}: cannot be read ({one_line(error)})") from None
     return Split(torch.from_numpy(images), torch.tensor([label for _, label in samples]))
-
-
-SHAPES = ("disc", "square", "triangle", "cross", "ring")
-COLOURS = ("red", "green", "blue", "yellow", "magenta")
-RGB = ((210, 50, 50), (50, 190, 60), (60, 80, 220), (215, 200, 50), (200, 60, 200))
-TEXTURES = ("plain", "banded", "striped", "checked")
-
-
-def make_synthetic(samples, size):
-    """-> train Split of `samples` images, test Split of samples // 5, the names of the 100 classes."""
-    if samples < 5:
-        raise InputError("data.samples", f"{samples} is not 5 or more")
-    classes = [f"{colour} {texture} {shape}" for shape in SHAPES for colour in COLOURS for texture in TEXTURES]
-    splits = []
-    for seed, n in enumerate((samples, samples // 5)):
-        rng = np.random.default_rng(seed)
-        labels = np.arange(n) % len(classes)
-        chunks = [render(labels[i : i + 250], size, rng) for i in range(0, n, 250)]  # small enough for the cache
-        splits.append(Split(torch.from_numpy(np.concatenate(chunks)), torch.from_numpy(labels)))
-    return *splits, classes
-
-
-def render(labels, size, rng):
-    """labels (B,) -> uint8 (B, size, size, 3): a shape over a background and a distractor, half hidden, in noise.
-
-    Only sums, products, quotients and comparisons, which round the same on every machine: no sin, exp or normal().
-    """
-    n = np.arange(len(labels))
-
-    def uniform(low, high, *shape):  # (B, *shape)
-        return low + (high - low) * rng.random((len(n), *shape), dtype=np.float32)
-
-    x = ((np.arange(size) + 0.5) / size).astype(np.float32)  # the image is the unit square
-    y = x[:, None]
-    image = uniform(0, 255, 1, 1, 3) + (x + y - 1)[..., None] * uniform(-120, 120, 1, 1, 3)
-    blob = (x - uniform(0, 1, 1, 1)) ** 2 + (y - uniform(0, 1, 1, 1)) ** 2 < uniform(0.08, 0.22, 1, 1) ** 2
-    image = np.where(blob[..., None], uniform(0, 255, 1, 1, 3), image)
-
-    radius = uniform(0.2, 0.36, 1, 1)
-    u, v = (x - uniform(0.32, 0.68, 1, 1)) / radius, (y - uniform(0.32, 0.68, 1, 1)) / radius  # (B, 1, W), (B, H, 1)
-    square, inner, arm = u * u + v * v, np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
-    triangle = (v < 0.8) & (2 * abs(u) < v + 1)
-    shapes = (square < 1, inner < 0.85, triangle, (inner < 1) & (arm < 0.35), (square < 1) & (square > 0.3))
-    rows, columns = (1.3 * v + uniform(0, 1, 1, 1)) % 1 < 0.5, (1.3 * u + uniform(0, 1, 1, 1)) % 1 < 0.5
-    textures = np.broadcast_arrays(False, rows, columns, rows ^ columns)  # where the colour is dark
-    mask = np.stack(shapes)[labels // 20, n][..., None]
-    dark = np.stack(textures)[labels % 4, n][..., None]
-    colour = np.float32(RGB)[labels // 4 % 5, None, None] + uniform(-80, 80, 1, 1, 3)
-    image = np.where(mask, np.where(dark, 0.4 * colour, colour), image)
-
-    across = abs(x - uniform(0.2, 0.8, 1, 1)) < uniform(0.02, 0.16, 1, 1)
-    down = abs(y - uniform(0.2, 0.8, 1, 1)) < uniform(0.02, 0.16, 1, 1)
-    image = np.where((across & down)[..., None], uniform(0, 255, 1, 1, 3), image)
-    image = image * uniform(0.6, 1.2, 1, 1, 1) + uniform(-60, 60, size, size, 3)
-    return image.clip(0, 255).astype(np.uint8)
 
 
 def crop_flip(images, top, left, flip, padding):

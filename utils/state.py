@@ -9,8 +9,10 @@ from utils.log import environment, read_log, write_log
 
 
 def load_state(cfg, folder, ignored):
-    """The content of latest.pth, or None. Raises InputError for one that is corrupt, or of another run: one whose settings
-    differ in a key (as in "optimizer.lr") that is not in `ignored`.
+    """The content of latest.pth, or None where there is none.
+
+    Raises InputError for one that is corrupt, and for one of another run, whose settings differ in a key, as in
+    "optimizer.lr", that is not in `ignored`.
     """
     path = folder / "latest.pth"
     if not path.exists():
