@@ -27,6 +27,7 @@ from utils.config import check_arguments, help_text, load_config, section, setti
 from utils.data import Loader, load_data
 from utils.errors import InputError
 from utils.log import Table, one_line, progress, read_log, tensorboard_writer
+from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, open_log, restore, save_state
 from utils.stopping import Stopped, Stopper
@@ -132,6 +133,8 @@ def pick_device(cfg):
         raise InputError("device", "cuda is not available here; valid: auto, cpu")
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

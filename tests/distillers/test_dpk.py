@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from distillers.dpk import (
     DPK,
+    Attention,
     DPKStage,
     minibatch_cka,
     patchify,
@@ -136,6 +137,25 @@ def test_sinusoid_positions():
             angle = position / 10000 ** (2 * i / 6)
             assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
             assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 51, 256])
+def test_attention_in_half_precision_on_a_cpu_is_the_fused_one(n):
+    torch.manual_seed(0)
+    attention = Attention(48, 8)
+    torch.nn.init.normal_(attention.q_bias), torch.nn.init.normal_(attention.v_bias)
+    x = torch.randn(4, n, 48)
+    results = []
+    for half in True, False:
+        leaf = x.clone().requires_grad_()
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = attention(leaf)
+        assert y.dtype == (torch.bfloat16 if half else torch.float32)
+        y.float().square().sum().backward()
+        results.append([y.float(), leaf.grad, attention.qkv.weight.grad.clone(), attention.q_bias.grad.clone()])
+    for by_definition, fused in zip(*results):
+        assert (by_definition - fused).norm() <= 0.02 * fused.norm() + 1e-6  # bfloat16 has 8 bits: 0.004 a rounding
 
 
 # ----------------------------------------------------------------------------------------------------------- a stage
