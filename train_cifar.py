@@ -242,7 +242,7 @@ def train_one_epoch(cfg, run, epoch, first_step, table, stop):
             optimizer.zero_grad()
         run.scaler.update()
         table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
-        done, stopping = step + 1, stop(step)
+        done, stopping = step + 1, stop(step, last=step + 1 == steps)
         if stopping or done % cfg.log_every == 0 or done == steps:
             table.check(done, epoch)
         if stopping:

@@ -14,28 +14,28 @@ class Stopped(Exception):
 
 
 class Stopper:
-    """stop(step) -> bool: was this run asked to stop? With several processes they agree, every `every` steps.
-
-    A first SIGTERM or SIGINT asks; a second one kills, as ever.
+    """stop(step, last) -> bool: is this run to stop after this step? Several processes agree, every `every` steps and at
+    the `last` of an epoch; `asked` is what they agreed on. A first SIGTERM or SIGINT asks; a second one kills, as ever.
     """
 
     def __init__(self, stop_after, every, device):
-        self.stop_after, self.every, self.device, self.asked = stop_after, every, device, False
+        self.stop_after, self.every, self.device = stop_after, every, device
+        self.signalled, self.asked = False, False
         for number in signal.SIGTERM, signal.SIGINT:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._signal)
 
-    def _ask(self, number, frame):
-        self.asked = True
+    def _signal(self, number, frame):
+        self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def __call__(self, step):
-        if self.stop_after and time.monotonic() - START > self.stop_after:
-            self.asked = True
-        if not dist.is_initialized():
-            return self.asked
-        if (step + 1) % self.every:
-            return False
-        asked = torch.tensor(float(self.asked), device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.asked = bool(asked)
+    def __call__(self, step, last):
+        late = self.stop_after > 0 and time.monotonic() - START > self.stop_after
+        self.asked = self.signalled or late
+        if dist.is_initialized():
+            if (step + 1) % self.every and not last:
+                self.asked = False
+            else:
+                asked = torch.tensor(float(self.asked), device=self.device)
+                dist.all_reduce(asked, dist.ReduceOp.MAX)
+                self.asked = bool(asked)
         return self.asked
