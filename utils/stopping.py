@@ -14,8 +14,10 @@ class Stopped(Exception):
 
 
 class Stopper:
-    """stop(step, last) -> bool: is this run to stop after this step? Several processes agree, every `every` steps and at
-    the `last` of an epoch; `asked` is what they agreed on. A first SIGTERM or SIGINT asks; a second one kills, as ever.
+    """stop(step, last) -> bool: is this run to stop after this step?
+
+    A first SIGTERM or SIGINT asks for it; a second one kills, as ever. Several processes agree every `every` steps and
+    at the `last` of an epoch; `asked` is what they agreed on.
     """
 
     def __init__(self, stop_after, every, device):

@@ -1,0 +1,81 @@
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.config import section, setting
+from utils.errors import InputError
+from utils.log import Table, read_log
+from utils.state import load_state, open_log, restore, save_state
+
+
+@dataclass
+class Optimizer:
+    lr: float = setting(0.1, "learning rate")
+
+
+@dataclass
+class Settings:
+    name: str = setting("run", "name")
+    device: str = setting("cpu", "device")
+    optimizer: Optimizer = section(Optimizer)
+
+
+def a_run(seed):
+    torch.manual_seed(seed)
+    distiller = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.1, momentum=0.9)
+    distiller(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    return SimpleNamespace(distiller=distiller, optimizers={"student": optimizer}, scaler=torch.amp.GradScaler("cpu"))
+
+
+def test_a_state_comes_back_whole(tmp_path):
+    run, other, table = a_run(0), a_run(1), Table(3, "cpu")
+    table.write(0, {"ce": torch.tensor(2.0)}, {"cka": 0.5}, torch.tensor(3), 4)
+    save_state(Settings(), run, tmp_path, table, epoch=1, step=1, best=3.0, seconds=2.0)
+    state = load_state(Settings(), tmp_path, set())
+    restore(other, state)
+    assert all(torch.equal(a, b) for a, b in zip(run.distiller.parameters(), other.distiller.parameters()))
+    for a, b in zip(run.distiller.parameters(), other.distiller.parameters()):
+        momenta = [r.optimizers["student"].state[p]["momentum_buffer"] for r, p in ((run, a), (other, b))]
+        assert torch.equal(*momenta)
+    assert [state[key] for key in ("epoch", "step", "best", "seconds")] == [1, 1, 3.0, 2.0]
+    assert Table(3, "cpu", state["table"]).means() == table.means()
+    assert load_state(Settings(), tmp_path / "nothing", set()) is None
+
+
+def test_another_config_is_refused_by_its_key(tmp_path):
+    save_state(Settings(), a_run(0), tmp_path, epoch=1, step=0, best=0.0, seconds=0.0)
+    changed = Settings(device="cuda")
+    assert load_state(changed, tmp_path, {"device"})["epoch"] == 1
+    with pytest.raises(InputError, match="device: 'cuda' now, 'cpu' in"):
+        load_state(changed, tmp_path, set())
+    with pytest.raises(InputError, match="optimizer.lr: 0.2 now, 0.1 in"):
+        load_state(Settings(optimizer=Optimizer(0.2)), tmp_path, set())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", None])
+def test_a_corrupt_file_is_kept(tmp_path, content):
+    path = tmp_path / "latest.pth"
+    checkpoint.save(path, {"no": "config"})
+    if content is not None:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is corrupt and was left as it is"):
+        load_state(Settings(), tmp_path, set())
+    assert path.read_bytes() == before
+
+
+def test_a_log_is_begun_or_cut_back(tmp_path):
+    open_log(Settings(), tmp_path, None, 1, torch.device("cpu"))
+    [header] = read_log(tmp_path / "log.jsonl")
+    assert header["run"] == "run"
+    for epoch in 1, 2:
+        checkpoint.append(tmp_path / "log.jsonl", {"epoch": epoch})
+    open_log(Settings(), tmp_path, {"epoch": 1}, 1, torch.device("cpu"))
+    assert read_log(tmp_path / "log.jsonl") == [header, {"epoch": 1}]
+    assert "lr: 0.1" in (tmp_path / "config.yaml").read_text()
