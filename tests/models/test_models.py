@@ -46,6 +46,21 @@ FACTS = {  # parameters with 100 classes; maps of a 32×32 image; pooled feature
     "plaincnn10": (215284, [(16, 32, 32), (32, 16, 16), (64, 8, 8)], 64),
 }
 
+# Logits [0, 0] and [1, 99] and the maximum of each map, of RepDistiller's own networks (b13aecc, eedab9d) under
+# `settled` weights in float64: what shapes and names do not show, such as a ReLU, a shortcut, a stride's place.
+PUBLISHED_OUTPUTS = {
+    "resnet20": (1.21095, -3.77674, 1.39907, 7.03291, 7.42024, 8.06157),
+    "resnet8x4": (0.88004, -0.35768, 2.15090, 5.81671, 5.87916, 6.12775),
+    "resnet50": (-1.57581, 0.37381, 3.64159, 9.28311, 10.06616, 12.76611, 9.79381),
+    "wrn_16_1": (1.71478, 0.25005, 1.70174, 3.53864, 4.90593, 3.43438),
+    "wrn_16_2": (0.35802, 0.75296, 1.70174, 4.01707, 3.42705, 3.18839),
+    "vgg8": (0.62556, -0.43170, 4.14752, 4.33323, 4.08868, 3.18916, 3.36992),
+    "vgg13": (-0.22276, 0.87509, 4.14163, 4.60367, 4.21366, 3.66532, 3.33397),
+    "mobilenetv2": (-0.10448, -0.03392, 1.32615, 4.82769, 5.57983, 5.48525, 2.66313),
+    "shufflenetv1": (-1.41516, -11.43026, 1.39652, 8.82442, 14.08309, 13.03556),
+    "shufflenetv2": (0.84813, -0.04464, 1.39652, 4.52023, 3.59028, 3.87949),
+}
+
 
 def images(n=2, size=32, seed=0):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
@@ -62,6 +77,21 @@ def trained(name, **arguments):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.2, 0.2)
     return model.eval()
+
+
+def spread(n, offset=0):
+    """n numbers in [0, 1) that look random and are the same in every version of torch: squares modulo a prime."""
+    return (torch.arange(n) + offset) ** 2 % 10007 / torch.tensor(10007, dtype=torch.float64)
+
+
+@torch.no_grad()
+def settled(name):
+    """The network in float64 and train mode, where BatchNorm keeps any depth in range, its weights set by `spread`."""
+    model = MODELS[name]().double().train()
+    for i, p in enumerate(model.parameters()):
+        values = spread(p.numel(), 31 * i).view(p.shape)
+        p.copy_((values - 0.5) * (12 / p[0].numel()) ** 0.5 if p.dim() > 1 else values)  # variance 1 / fan_in
+    return model
 
 
 def test_there_are_facts_about_each():
@@ -100,6 +130,57 @@ def test_a_few_published_names():
     assert {"block2.3.bias", "block2.4.running_mean", "classifier.weight"} <= names["vgg13"]
     assert {"blocks.0.0.conv.0.weight", "blocks.0.0.conv.7.bias", "classifier.0.weight"} <= names["mobilenetv2"]
     assert {"layer1.0.conv5.weight", "layer1.1.conv3.weight", "conv2.weight", "bn2.bias"} <= names["shufflenetv2"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_OUTPUTS)
+@torch.no_grad()
+def test_outputs_are_those_of_the_published_networks(name):
+    logits, features = settled(name)(spread(2 * 3 * 32 * 32).view(2, 3, 32, 32) - 0.5, return_features=True)
+    figures = [logits[0, 0], logits[1, 99], *(m.max() for m in features["maps"])]
+    assert [figure.item() for figure in figures] == pytest.approx(PUBLISHED_OUTPUTS[name], abs=2e-5)
+
+
+@torch.no_grad()
+def test_plaincnn_skips_where_the_shape_is_kept():
+    model, x = settled("plaincnn4"), spread(2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    expected = []
+    for stage in model.stem, model.stage1, model.stage2:
+        x = F.relu(stage[0].bn(stage[0].conv(x)))  # which widens and halves
+        if len(stage) == 2:
+            x = F.relu(x + stage[1].bn(stage[1].conv(x)))
+        expected.append(x)
+    maps = settled("plaincnn4")(spread(2 * 3 * 32 * 32).view(2, 3, 32, 32), return_features=True)[1]["maps"]
+    assert all(torch.allclose(m, e) for m, e in zip(maps, expected))
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED_OUTPUTS, "plaincnn6"])
+def test_initial_weights_are_spread_as_published(name):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in, fan_out = module.weight[0].numel(), module.weight[0, 0].numel() * module.out_channels
+            # the ShuffleNets keep PyTorch's uniform; the others draw from N(0, 2 / (k² · channels out))
+            std = (1 / (3 * fan_in) if name.startswith("shuffle") else 2 / fan_out) ** 0.5
+            error = 1 / (2 * module.weight.numel()) ** 0.5  # of the sample's std; six of them, for some 400 tensors
+            assert module.weight.std().item() == pytest.approx(std, rel=6 * error)
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+        if isinstance(module, nn.Linear):
+            small, zero = name.startswith(("vgg", "mobilenet")), name.startswith(("vgg", "mobilenet", "wrn"))
+            std = 0.01 if small else (1 / (3 * module.in_features)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(std, rel=0.05)
+            assert (module.bias == 0).all() == zero
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv2", "plaincnn4"])
+def test_compiles_as_one_graph(name):
+    torch.compiler.reset()
+    compiled = torch.compile(trained(name), backend="eager", fullgraph=True)  # an error where the graph would break
+    with torch.no_grad():
+        logits, features = compiled(images(), return_features=True)
+        assert torch.allclose(logits, trained(name)(images()), atol=1e-5)
+    assert len(features["maps"]) == len(FACTS[name][1])
 
 
 @pytest.mark.parametrize("name", MODELS)
