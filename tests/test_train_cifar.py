@@ -480,4 +480,4 @@ def test_the_quickstart(tmp_path):
     assert "difference" in result.stdout.splitlines()[-1]
     teacher, alone, distilled = (log(tmp_path / name)[-1]["top1"] for name in
                                  ("quickstart_teacher", "quickstart_student", "quickstart"))
-    assert teacher > 30 and alone > 10 and distilled > 10  # of 100 classes
+    assert teacher > 15 and distilled > 10 and distilled > alone > 3  # of 100 classes
