@@ -6,6 +6,7 @@ and the student's at the others; stitch both to one hybrid feature; decode all o
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -29,14 +30,13 @@ def unbiased_hsic(K, L):
 
 
 @torch.no_grad()
-def minibatch_cka(x, y):
-    """Linear CKA of one mini-batch with unbiased HSIC: x (B, …), y (B, …) -> scalar, without gradient, in float32.
+def hsic_terms(x, y):
+    """HSIC₁(K, L), HSIC₁(K, K), HSIC₁(L, L) of a mini-batch, x (B, …) and y (B, …) -> (3,), in float32.
 
-    CKA = HSIC₁(K, L) / √(HSIC₁(K, K) · HSIC₁(L, L)). NaN where it is not defined: for fewer than 4 images, for maps
-    that are the same for all images, and where noise makes a variance negative.
+    NaN for fewer than 4 images.
     """
     if len(x) < 4:
-        return torch.full((), torch.nan, device=x.device)
+        return torch.full((3,), torch.nan, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         grams = []
         for features in x, y:
@@ -45,7 +45,30 @@ def minibatch_cka(x, y):
             features = features - features.mean(0)
             grams.append((features @ features.T).fill_diagonal_(0))
         K, L = grams
-        return unbiased_hsic(K, L) / (unbiased_hsic(K, K) * unbiased_hsic(L, L)).sqrt()
+        return torch.stack([unbiased_hsic(K, L), unbiased_hsic(K, K), unbiased_hsic(L, L)])
+
+
+def cka_of_terms(terms):
+    """CKA = HSIC₁(K, L) / √(HSIC₁(K, K) · HSIC₁(L, L)) of terms (…, 3) -> (…).
+
+    Under torch.distributed each term is first averaged over the processes, their batches being the mini-batches of the
+    estimator (Nguyen et al., eq. 2): all get one CKA, give the same number of tokens, and take as long as each other.
+    """
+    if dist.is_available() and dist.is_initialized():
+        terms = terms.clone()
+        dist.all_reduce(terms)
+        terms = terms / dist.get_world_size()
+    kl, kk, ll = terms.unbind(-1)
+    return kl / (kk * ll).sqrt()
+
+
+def minibatch_cka(x, y):
+    """Linear CKA of one mini-batch with unbiased HSIC: x (B, …), y (B, …) -> scalar, without gradient, in float32.
+
+    NaN where it is not defined: for fewer than 4 images, for maps that are the same for all images, and where noise
+    makes a variance negative. Several processes must all call it.
+    """
+    return cka_of_terms(hsic_terms(x, y))
 
 
 # 2. The ratio of prior knowledge
@@ -144,11 +167,12 @@ class Encoder(nn.Module):
 # 4. to 6. One stage: stitching, decoder, loss
 
 class DPKStage(nn.Module):
-    """DPK on one pair of maps of any networks: (student_map, teacher_map) -> (loss, prior_ratio).
+    """DPK on one pair of maps of any networks: (student_map, teacher_map, cka=None) -> (loss, prior_ratio).
 
     student_map: (B, C_s, H, W), resized to the teacher's where the sizes differ; teacher_map: (B, C_t, H', W'), no
     gradient; H' and W' multiples of `patch`. loss: mean squared error over all positions, unweighted scalar with
-    gradient to the student and to this module; prior_ratio: π as a float. `cka` holds the last CKA, a float.
+    gradient to the student and to this module; prior_ratio: π as a float. `cka` holds the last CKA, a float, measured
+    here unless it is given.
 
     encoder, decoder: (dim, depth, heads). ratio: None for π = 1 − CKA ("dynamic"), or a fixed share of 0 to 1.
     min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,
@@ -189,7 +213,7 @@ class DPKStage(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _fit(self, student_map, teacher_map):
+    def fit(self, student_map, teacher_map):
         """Check the shapes; the student's map at the teacher's size."""
         channels = student_map.shape[1], teacher_map.shape[1]
         H, W = teacher_map.shape[2:]
@@ -202,20 +226,20 @@ class DPKStage(nn.Module):
             student_map = F.interpolate(student_map, (H, W), mode="bilinear", align_corners=True)
         return student_map
 
-    def _ratio(self, student_map, teacher_map, num_tokens):
+    def _ratio(self, num_tokens):
         """π and the number of the teacher's tokens, the same for the whole batch."""
-        self.cka = minibatch_cka(student_map, teacher_map).item()  # fresh every step: the one wait for the device
         if self.ratio is not None:
             return self.ratio, int(num_tokens * self.ratio)
         ratio = prior_ratio(self.cka, self.min_ratio, self.fallback_ratio)
         return ratio, min(max(int(num_tokens * ratio), self.min_tokens), num_tokens)
 
-    def forward(self, student_map, teacher_map):
+    def forward(self, student_map, teacher_map, cka=None):
         teacher_map = teacher_map.detach()
-        student_map = self._fit(student_map, teacher_map)
+        student_map = self.fit(student_map, teacher_map)
+        self.cka = minibatch_cka(student_map, teacher_map).item() if cka is None else cka  # fresh in every step
         target = patchify(teacher_map, self.patch)  # (B, N, p²C_t)
         B, N, _ = target.shape
-        ratio, num_given = self._ratio(student_map, teacher_map, N)
+        ratio, num_given = self._ratio(N)
 
         order = torch.rand(B, N, device=target.device).argsort(1)  # a random permutation of the positions per sample
         given, visible = order[:, :num_given], order[:, num_given:]  # the teacher's positions, the student's
@@ -274,18 +298,18 @@ class DPK(nn.Module):
     `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
-    image_size: side in pixels of the image on which the channels of the maps are read.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
     weighted; `metrics` then holds CKA and π of each stage as floats.
-    Raises ValueError for a temperature that is not positive, an unknown ratio or key of a stage, a stage that a
-    network lacks, and what DPKStage refuses.
+    Raises ValueError for a temperature that is not positive, a label_smoothing outside 0 to 1, an unknown ratio or key
+    of a stage, a stage that a network lacks, and what DPKStage refuses.
     """
 
     def __init__(self, student, teacher, *, stages: list | None = None, ce_weight: float = 1.0, kd_weight: float = 1.0,
                  temperature: float = 1.0, feature_weight: float = 0.3, patch: int = 1, ratio: float | str = "dynamic",
                  min_ratio: float = 0.15, fallback_ratio: float = 0.9, min_tokens: int = 2,
                  ratio_start: float = 0.9, ratio_end: float = 0.15, schedule_epochs: int | None = None,
-                 teacher_tokens: bool = True, image_size: int = 32):
+                 teacher_tokens: bool = True, label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
@@ -298,7 +322,9 @@ class DPK(nn.Module):
             raise ValueError(f"schedule_epochs: needed for ratio: {ratio}")
         if not (0 < ratio_start <= 1 and 0 < ratio_end <= 1):
             raise ValueError(f"ratio_start, ratio_end: {ratio_start}, {ratio_end} are not above 0 and up to 1")
-        self.student = student
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
@@ -337,11 +363,15 @@ class DPK(nn.Module):
             teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         losses = {
-            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
         }
-        for (s, t, weight), stage in zip(self.plan, self.stages):
-            loss, ratio = stage(features["maps"][s], teacher_features["maps"][t])
+        pairs = [(stage.fit(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
+                 for (s, t, _), stage in zip(self.plan, self.stages)]
+        # The CKA of all stages, fresh in every step: the one wait for the device, and for the other processes.
+        ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).tolist()
+        for (_, t, weight), stage, pair, cka in zip(self.plan, self.stages, pairs, ckas):
+            loss, ratio = stage(*pair, cka)
             losses[f"dpk_{t}"] = self.feature_weight * weight * loss
             self.metrics |= {f"cka_{t}": stage.cka, f"ratio_{t}": ratio}
         return logits, losses

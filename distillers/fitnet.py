@@ -46,17 +46,21 @@ class FitNet(nn.Module):
     """ce_weight · CE + hint_weight · MSE(regressor(student's map), teacher's map).
 
     student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
-    image_size: side in pixels of the image on which the shapes of the maps are read.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted.
-    Raises ValueError for a negative weight, a stage that a network lacks, and for maps that no regressor joins.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, a stage that a network lacks, and for
+    maps that no regressor joins.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, hint_weight: float = 100.0,
-                 student_stage: int = 2, teacher_stage: int = 2, image_size: int = 32):
+                 student_stage: int = 2, teacher_stage: int = 2, label_smoothing: float = 0.0,
+                 image_size: int = 32):
         super().__init__()
         if min(ce_weight, hint_weight) < 0:
             raise ValueError(f"ce_weight, hint_weight: {ce_weight}, {hint_weight}: one is negative")
-        self.student = student
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.hint_weight = ce_weight, hint_weight
@@ -79,6 +83,6 @@ class FitNet(nn.Module):
         logits, features = self.student(images, return_features=True)
         hint = self.regressor(features["maps"][self.student_stage])
         return logits, {
-            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "hint": self.hint_weight * hint_loss(hint, teacher_features["maps"][self.teacher_stage]),
         }

@@ -54,13 +54,15 @@ class ICKD(nn.Module):
 
     The projector (convolution without bias, BatchNorm) takes the student's map to the teacher's channels; the
     teacher's map is not projected. projector_kernel: 1 on CIFAR, 3 on ImageNet. "Without KL" is kd_weight = 0.
-    image_size: side in pixels of the image on which the shapes of the maps are read.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "icc": scalars}), weighted.
-    Raises ValueError for a temperature that is not positive, a negative weight and an even kernel.
+    Raises ValueError for a temperature that is not positive, a negative weight, an even kernel, a label_smoothing
+    outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, kd_weight: float = 1.0, icc_weight: float = 2.5,
-                 temperature: float = 4.0, projector_kernel: int = 1, image_size: int = 32):
+                 temperature: float = 4.0, projector_kernel: int = 1, label_smoothing: float = 0.0,
+                 image_size: int = 32):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
@@ -69,7 +71,9 @@ class ICKD(nn.Module):
                              "one is negative")
         if projector_kernel < 1 or projector_kernel % 2 == 0:
             raise ValueError(f"projector_kernel: {projector_kernel} is not a positive odd number")
-        self.student = student
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.kd_weight, self.icc_weight = ce_weight, kd_weight, icc_weight
@@ -91,7 +95,7 @@ class ICKD(nn.Module):
         logits, features = self.student(images, return_features=True)
         projected = self.projector(features["maps"][-1])
         losses = {
-            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "icc": self.icc_weight * icc_loss(projected, teacher_features["maps"][-1]),
         }
         if self.kd_weight:

@@ -19,16 +19,20 @@ class KD(nn.Module):
     """ce_weight · CE + kd_weight · KL; the defaults are the protocol of RepDistiller and mdistiller.
 
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "kd": scalar}), weighted.
-    Raises ValueError for a temperature that is not positive and for a negative weight.
+    label_smoothing: of CE alone.
+    Raises ValueError for a temperature that is not positive, a negative weight, a label_smoothing outside 0 to 1.
     """
 
-    def __init__(self, student, teacher, *, ce_weight: float = 0.1, kd_weight: float = 0.9, temperature: float = 4.0):
+    def __init__(self, student, teacher, *, ce_weight: float = 0.1, kd_weight: float = 0.9, temperature: float = 4.0,
+                 label_smoothing: float = 0.0):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
         if min(ce_weight, kd_weight) < 0:
             raise ValueError(f"ce_weight, kd_weight: {ce_weight}, {kd_weight}: one is negative")
-        self.student = student
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
@@ -42,6 +46,6 @@ class KD(nn.Module):
             teacher_logits = self.teacher(images)
         logits = self.student(images)
         return logits, {
-            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets),
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
         }

@@ -1,5 +1,9 @@
 """The networks by name. To add one: a file beside these, and a line here."""
 
+from functools import partial
+
+from .imagenet import TORCHVISION_NAMES, TorchvisionNetwork
+from .mobilenetv1 import mobilenetv1
 from .mobilenetv2 import mobilenetv2
 from .plaincnn import plaincnn2, plaincnn4, plaincnn6, plaincnn8, plaincnn10
 from .resnet import resnet8, resnet8x4, resnet14, resnet20, resnet32, resnet32x4, resnet44, resnet56, resnet110
@@ -9,7 +13,7 @@ from .shufflenetv2 import shufflenetv2
 from .vgg import vgg8, vgg11, vgg13, vgg16, vgg19
 from .wrn import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
-MODELS = {
+MODELS = {  # CIFAR's
     "resnet8": resnet8,
     "resnet14": resnet14,
     "resnet20": resnet20,
@@ -38,3 +42,5 @@ MODELS = {
     "plaincnn8": plaincnn8,
     "plaincnn10": plaincnn10,
 }
+
+IMAGENET_MODELS = {"mobilenetv1": mobilenetv1} | {name: partial(TorchvisionNetwork, name) for name in TORCHVISION_NAMES}

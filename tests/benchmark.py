@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from distillers import DISTILLERS, dpk
 from models import MODELS
-from train_cifar import Settings, build_autocast, pick_device, read_settings
+from train_cifar import Settings, read_settings
 from utils.data import Loader, load_data
+from utils.engine import build_autocast, pick_device
 from utils.log import Table
 from utils.optim import build_optimizers, set_learning_rates
 

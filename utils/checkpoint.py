@@ -103,7 +103,12 @@ def load_network(model, path, name, key):
 
     `name` is the network's, for the message. num_batches_tracked, which old files lack, stays as it is.
     """
-    weights, own = network_weights(load(path, key)), model.state_dict()
+    return fill_network(model, load(path, key), path, name, key)
+
+
+def fill_network(model, content, path, name, key):
+    """The same with the content of the file; `path` is for the message."""
+    weights, own = network_weights(content), model.state_dict()
     for tensor in own:
         if tensor.endswith("num_batches_tracked"):
             weights.setdefault(tensor, own[tensor])

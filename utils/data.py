@@ -212,7 +212,7 @@ class Loader:
         # On the device now: copying them there in every step would make the host wait for the device.
         self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))
         self.batch_size, self.train, self.padding, self.seed = batch_size, train, padding, seed
-        self.rank, self.world, self.channels_last, self.device, self.epoch = rank, world, channels_last, device, None
+        self.rank, self.world, self.channels_last, self.device, self.drawn = rank, world, channels_last, device, None
         self.order = torch.arange(rank, len(self.labels), world, device=device)  # train: replaced in each epoch
         if train:
             full, last = divmod(len(self.labels), batch_size)
@@ -225,13 +225,18 @@ class Loader:
     def __len__(self):
         return self.steps
 
+    def epoch(self, epoch, first_step=0):
+        """The batches of an epoch from `first_step` on, each made when it is asked for."""
+        for step in range(first_step, self.steps):
+            yield self.batch(epoch, step)
+
     def batch(self, epoch, step):
         """-> images float32 (B, 3, H, W), labels int64 (B,), on the device. Raises IndexError past the last step."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        if self.train and epoch != self.epoch:
+        if self.train and epoch != self.drawn:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-            self.order, self.epoch = torch.from_numpy(order).to(self.labels.device), epoch
+            self.order, self.drawn = torch.from_numpy(order).to(self.labels.device), epoch
         indices = self.order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.train:
             indices = indices[: len(indices) // self.world * self.world][self.rank :: self.world]

@@ -1,20 +1,25 @@
 """One process or many (torchrun): rank, sums over all processes, and who may speak."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-def start(device):
-    """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device)."""
+def start(device, timeout=None):
+    """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device).
+
+    A process that waits for another more than `timeout` seconds (None: PyTorch's 10 to 30 minutes) ends the job.
+    """
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=timeout) if timeout else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -28,6 +33,15 @@ def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def is_the_same(number, device):
+    """Whether `number` is the same on all processes."""
+    if not dist.is_initialized():
+        return True
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return (extremes[0] == -extremes[1]).item()
 
 
 def broadcast_buffers(model):

@@ -46,19 +46,30 @@ class Table:
             self.names, self.losses, self.rows = saved["names"], saved["losses"], saved["rows"].to(device)
 
     def write(self, step, losses, metrics, correct, n):
-        """Row `step` of n images: everything times n, so that the rows of several processes can be summed."""
+        """Add n images to row `step`: everything times n, so that batches and processes can be summed."""
         if self.rows is None:
             self.names, self.losses = [*losses, *metrics, "train_top1", "n"], len(losses)
             self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
         for column, value in enumerate([*losses.values(), *metrics.values(), 100 * correct / n, 1.0]):
-            self.rows[step, column] = (value.detach() if isinstance(value, torch.Tensor) else value) * n
+            self.rows[step, column] += (value.detach() if isinstance(value, torch.Tensor) else value) * n
 
-    def check(self, steps, epoch):
-        """Raise FloatingPointError at the first loss of the first `steps` that is not finite."""
+    def clear(self):
+        """All rows to zero."""
+        if self.rows is not None:
+            self.rows.zero_()
+
+    def failure(self, steps, epoch):
+        """A FloatingPointError for the first loss of the first `steps` that is not finite, or None."""
         bad = (~self.rows[:steps, :self.losses].isfinite()).nonzero()
         if len(bad):
             step, column = bad[0].tolist()
-            raise FloatingPointError(f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}")
+            return FloatingPointError(
+                f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}")
+        return None
+
+    def images(self):
+        """How many images the rows hold."""
+        return self.rows[:, -1].sum().item()
 
     def means(self):
         """{name: mean over the epoch's images}; steps in which a metric was NaN (a CKA may be) do not count for it."""

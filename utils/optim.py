@@ -1,10 +1,38 @@
-"""The student's optimizer, the connectors', and their learning rates as pure functions of the epoch."""
+"""The student's optimizer, the connectors', their settings, and their learning rates as functions of the epoch."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from utils.config import setting
 from utils.errors import InputError
+
+
+@dataclass
+class OptimizerSettings:
+    name: str = setting("sgd", "the student's optimizer", choices=["sgd", "adamw"])
+    lr: float = setting(0.05, "learning rate, for the batch_size beside it", above=0)
+    momentum: float = setting(0.9, "sgd: momentum", low=0)
+    nesterov: bool = setting(False, "sgd: Nesterov's momentum")
+    betas: list[float] = setting([0.9, 0.999], "adamw: betas", low=0)
+    weight_decay: float = setting(5e-4, "weight decay of the student", low=0)
+    schedule: str = setting("step", "learning rate over the epochs", choices=["step", "cosine"])
+    milestones: list[int] = setting([150, 180, 210], "step: epochs at which it is multiplied by gamma", low=0)
+    gamma: float = setting(0.1, "step: the factor", above=0)
+    warmup_epochs: int = setting(0, "epochs of linear warm-up", low=0)
+
+
+@dataclass
+class ConnectorSettings:
+    """The distiller's own modules: regressors, projectors, DPK's transformers."""
+    optimizer: str = setting("student", "student: in the student's optimizer, at its lr, as a group of its own; "
+                             "adamw: an optimizer of their own, cosine", choices=["student", "adamw"])
+    weight_decay: float = setting(5e-4, "weight decay of the connectors", low=0)
+    lr: float = setting(1e-4, "adamw: learning rate", above=0)
+    betas: list[float] = setting([0.9, 0.95], "adamw: betas", low=0)
+    warmup_epochs: int = setting(20, "adamw: epochs of linear warm-up", low=0)
+    min_lr: float = setting(1e-5, "adamw: learning rate at the end of the cosine", low=0)
 
 
 def learning_rate(epoch, *, lr, epochs, schedule="step", milestones=(), gamma=0.1, warmup_epochs=0, min_lr=0.0):
@@ -22,16 +50,17 @@ def learning_rate(epoch, *, lr, epochs, schedule="step", milestones=(), gamma=0.
 
 
 def build_optimizers(distiller, student, connectors):
-    """{"student": SGD} and, where the settings `connectors` ask for it, {"connectors": AdamW}.
+    """{"student": SGD or AdamW} and, where the settings `connectors` ask for it, {"connectors": AdamW}.
 
     `student` and `connectors` are the settings of those names. Otherwise the connectors are a group of their own in the
-    student's SGD, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
+    student's optimizer, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
     Raises InputError for settings that the optimizers refuse.
     """
-    if student.nesterov and not student.momentum:
+    if student.name == "sgd" and student.nesterov and not student.momentum:
         raise InputError("optimizer.nesterov", "needs a momentum; valid: false, or optimizer.momentum above 0")
-    if len(connectors.betas) != 2 or max(connectors.betas) >= 1:
-        raise InputError("connectors.betas", f"{connectors.betas} is not valid; valid: two numbers below 1")
+    for key, betas in ("optimizer", student.betas), ("connectors", connectors.betas):
+        if len(betas) != 2 or max(betas) >= 1:
+            raise InputError(f"{key}.betas", f"{betas} is not valid; valid: two numbers below 1")
     own = {id(parameter) for parameter in distiller.student.parameters()}
     groups = [{"params": list(distiller.student.parameters()), "weight_decay": student.weight_decay}]
     rest = [parameter for parameter in distiller.parameters() if id(parameter) not in own]
@@ -41,8 +70,11 @@ def build_optimizers(distiller, student, connectors):
             rest, lr=connectors.lr, betas=tuple(connectors.betas), weight_decay=connectors.weight_decay, fused=True)
     elif rest:
         groups.append({"params": rest, "weight_decay": connectors.weight_decay})
-    sgd = torch.optim.SGD(groups, lr=student.lr, momentum=student.momentum, nesterov=student.nesterov, fused=True)
-    return {"student": sgd} | optimizers
+    if student.name == "adamw":
+        first = torch.optim.AdamW(groups, lr=student.lr, betas=tuple(student.betas), fused=True)
+    else:
+        first = torch.optim.SGD(groups, lr=student.lr, momentum=student.momentum, nesterov=student.nesterov, fused=True)
+    return {"student": first} | optimizers
 
 
 def set_learning_rates(optimizers, student, connectors, epoch, epochs):

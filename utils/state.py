@@ -30,16 +30,17 @@ def load_state(cfg, folder, ignored):
     return state
 
 
-def save_state(cfg, run, folder, table=None, **where):
-    """Write latest.pth; `where`: epoch, step, best, seconds. In mid-epoch with the epoch's `table` so far."""
-    if table:
-        distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
+def save_state(cfg, run, folder, table, **where):
+    """Write latest.pth with the epoch's `table` so far; `where`: epoch, step, best, clock."""
+    distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
+    if not distributed.is_main():
+        table.clear()
     if distributed.is_main():
         checkpoint.save(folder / "latest.pth", where | {
             "config": dataclasses.asdict(cfg), "distiller": run.distiller.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
             "scaler": run.scaler.state_dict(),
-            "table": {"names": table.names, "losses": table.losses, "rows": table.rows} if table else None})
+            "table": {"names": table.names, "losses": table.losses, "rows": table.rows}})
 
 
 def restore(run, state):

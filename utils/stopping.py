@@ -1,7 +1,8 @@
-"""Leaving in time: SIGTERM, SIGINT and a time limit, seen by all processes at the same step."""
+"""Leaving in time: SIGTERM, SIGINT and a time limit, and what all processes agree on after each step."""
 
 import signal
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,19 +11,26 @@ START = time.monotonic()  # of the program, teacher's training included
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
+    """The run was asked to stop, and nothing of it is lost."""
 
 
 class Stopper:
-    """stop(step, last) -> bool: is this run to stop after this step?
+    """stop(now) after each step -> bool: is this run to stop here?
 
-    A first SIGTERM or SIGINT asks for it; a second one kills, as ever. Several processes agree every `every` steps and
-    at the `last` of an epoch; `asked` is what they agreed on.
+    A first SIGTERM or SIGINT asks for it, and so does the time limit of `stop_after` seconds; a second signal kills, as
+    ever. `failed` and `count` are for what else concerns all: whether a process cannot go on, and a number to be summed
+    (of unreadable images); after a call `asked`, `any_failed` and `total` hold what the processes agreed on.
+
+    Several processes exchange this after each step, over gloo, and read the exchange of the step before, so that
+    neither host nor device waits; with now=True they wait for this one, and agree on this very step.
     """
 
-    def __init__(self, stop_after, every, device):
-        self.stop_after, self.every, self.device = stop_after, every, device
-        self.signalled, self.asked = False, False
+    def __init__(self, stop_after=0.0, timeout=None):
+        self.stop_after, self.signalled = stop_after, False
+        self.asked, self.any_failed, self.total = False, False, 0
+        self.group, self.exchanges = None, []
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout) if timeout else None)
         for number in signal.SIGTERM, signal.SIGINT:
             signal.signal(number, self._signal)
 
@@ -30,14 +38,18 @@ class Stopper:
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)
 
-    def __call__(self, step, last):
-        late = self.stop_after > 0 and time.monotonic() - START > self.stop_after
-        self.asked = self.signalled or late
-        if dist.is_initialized():
-            if (step + 1) % self.every and not last:
-                self.asked = False
-            else:
-                asked = torch.tensor(float(self.asked), device=self.device)
-                dist.all_reduce(asked, dist.ReduceOp.MAX)
-                self.asked = bool(asked)
+    @property
+    def due(self):
+        """Whether this process alone was asked to stop."""
+        return self.signalled or 0 < self.stop_after < time.monotonic() - START
+
+    def __call__(self, now=False, failed=False, count=0):
+        flags = torch.tensor([self.due, failed, count], dtype=torch.int64)
+        if self.group:
+            self.exchanges.append((flags, dist.all_reduce(flags, group=self.group, async_op=True)))
+            flags = torch.zeros(3, dtype=torch.int64)
+            while len(self.exchanges) > (0 if now else 1):
+                flags, work = self.exchanges.pop(0)
+                work.wait()
+        self.asked, self.any_failed, self.total = bool(flags[0]), bool(flags[1]), int(flags[2])
         return self.asked

@@ -10,8 +10,9 @@ import torch
 import train_cifar
 from distillers import DISTILLERS, dpk, fitnet, ickd
 from models import MODELS
-from train_cifar import Settings, build_distiller, read_settings
+from train_cifar import Settings, read_settings
 from utils.config import build, check_arguments, describe, flatten, load_config, section, setting, yaml_text, yaml_value
+from utils.engine import build_distiller
 from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,7 +172,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_valid_ones(tmp_path, k
 def test_the_constructor_of_a_distiller_is_the_schema_of_its_arguments(name):
     schema = DISTILLERS[name].__init__
     if name == "ce":
-        with fails("distiller.temperature", "unknown key", "there are no keys here"):
+        with fails("distiller.temperature", "unknown key", "nearest: label_smoothing"):
             check_arguments(schema, {"temperature": 1.0}, "distiller.")
         return
     check_arguments(schema, {"ce_weight": 1, "kd_weight" if name != "fitnet" else "hint_weight": 0.5}, "distiller.")

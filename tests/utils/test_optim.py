@@ -7,15 +7,14 @@ from torch.optim import SGD, lr_scheduler
 
 from distillers import DISTILLERS
 from models import MODELS
-from train_cifar import ConnectorSettings, OptimizerSettings
 from utils import checkpoint
 from utils.errors import InputError
-from utils.optim import build_optimizers, learning_rate, set_learning_rates
+from utils.optim import ConnectorSettings, OptimizerSettings, build_optimizers, learning_rate, set_learning_rates
 
 STAGE = {"student": 3, "teacher": 3, "encoder": [8, 1, 2], "decoder": [8, 1, 2]}
 ARGUMENTS = {"ce": {}, "kd": {}, "fitnet": {}, "ickd": {}, "dpk": {"stages": [STAGE]}}
 every_distiller = pytest.mark.parametrize("name", DISTILLERS)
-every_optimizer = pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+every_optimizer = pytest.mark.parametrize("optimizer", ["student", "adamw"])
 
 
 def build(name):
@@ -143,7 +142,7 @@ def test_a_step_changes_every_parameter_and_not_the_teacher(name, optimizer):
 def test_the_connectors_weight_decay_is_theirs_alone():
     distiller = build("ickd")
     optimizers = build_optimizers(distiller, OptimizerSettings(lr=0.5, weight_decay=0.2),
-                                  ConnectorSettings("sgd", weight_decay=0.0))
+                                  ConnectorSettings("student", weight_decay=0.0))
     before = {key: parameter.clone() for key, parameter in distiller.named_parameters()}
     for parameter in distiller.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -164,7 +163,7 @@ def test_learning_rates_are_set_and_returned(optimizer):
         assert rates == pytest.approx(expected) and list(rates) == list(expected)
         assert all(type(rate) is float for rate in rates.values())
         assert [group["lr"] for group in optimizers["student"].param_groups] == \
-            [rates["lr"]] * (2 if optimizer == "sgd" else 1)
+            [rates["lr"]] * (2 if optimizer == "student" else 1)
         if optimizer == "adamw":
             assert [group["lr"] for group in optimizers["connectors"].param_groups] == [rates["lr_connectors"]]
 

@@ -36,20 +36,22 @@ def a_run(seed):
 def test_a_state_comes_back_whole(tmp_path):
     run, other, table = a_run(0), a_run(1), Table(3, "cpu")
     table.write(0, {"ce": torch.tensor(2.0)}, {"cka": 0.5}, torch.tensor(3), 4)
-    save_state(Settings(), run, tmp_path, table, epoch=1, step=1, best=3.0, seconds=2.0)
+    save_state(Settings(), run, tmp_path, table, epoch=1, step=1, best=3.0, clock={"seconds": 2.0})
     state = load_state(Settings(), tmp_path, set())
     restore(other, state)
     assert all(torch.equal(a, b) for a, b in zip(run.distiller.parameters(), other.distiller.parameters()))
     for a, b in zip(run.distiller.parameters(), other.distiller.parameters()):
         momenta = [r.optimizers["student"].state[p]["momentum_buffer"] for r, p in ((run, a), (other, b))]
         assert torch.equal(*momenta)
-    assert [state[key] for key in ("epoch", "step", "best", "seconds")] == [1, 1, 3.0, 2.0]
+    assert [state[key] for key in ("epoch", "step", "best", "clock")] == [1, 1, 3.0, {"seconds": 2.0}]
     assert Table(3, "cpu", state["table"]).means() == table.means()
     assert load_state(Settings(), tmp_path / "nothing", set()) is None
 
 
 def test_another_config_is_refused_by_its_key(tmp_path):
-    save_state(Settings(), a_run(0), tmp_path, epoch=1, step=0, best=0.0, seconds=0.0)
+    table = Table(1, "cpu")
+    table.write(0, {"ce": torch.tensor(2.0)}, {}, torch.tensor(3), 4)
+    save_state(Settings(), a_run(0), tmp_path, table, epoch=1, step=0)
     changed = Settings(device="cuda")
     assert load_state(changed, tmp_path, {"device"})["epoch"] == 1
     with pytest.raises(InputError, match="device: 'cuda' now, 'cpu' in"):

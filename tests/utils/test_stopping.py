@@ -3,7 +3,6 @@ import signal
 import time
 
 import pytest
-import torch
 
 from utils import stopping
 from utils.stopping import Stopper
@@ -17,25 +16,28 @@ def own_signals():
         signal.signal(number, handler)
 
 
-def stopper(stop_after=0.0):
-    return Stopper(stop_after, every=10, device=torch.device("cpu"))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_first_signal_asks_and_a_second_one_kills(number):
-    stop = stopper()
-    assert not stop(0, last=False)
+    stop = Stopper()
+    assert not stop()
     os.kill(os.getpid(), number)
     time.sleep(0.01)
-    assert not stop.asked  # only when the loop looks: never in the middle of a step
-    assert stop(1, last=False) and stop.asked
+    assert stop.due and not stop.asked  # only when the loop looks: never in the middle of a step
+    assert stop() and stop.asked
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_stop_after_counts_from_the_start_of_the_program(monkeypatch):
-    stop = stopper(stop_after=100.0)
+    stop = Stopper(stop_after=100.0)
     monkeypatch.setattr(stopping, "START", time.monotonic() - 90)
-    assert not stop(0, last=False)
+    assert not stop()
     monkeypatch.setattr(stopping, "START", time.monotonic() - 101)
-    assert stop(1, last=False)
-    assert not stopper()(0, last=True)  # 0: never
+    assert stop()
+    assert not Stopper()(now=True)  # 0: never
+
+
+def test_failures_and_counts_are_passed_on():
+    stop = Stopper()
+    assert not stop(failed=True, count=3)
+    assert stop.any_failed and stop.total == 3
+    assert not stop() and not stop.any_failed and stop.total == 0

@@ -1,0 +1,274 @@
+"""What both scripts do with a run: put it together, train an epoch, evaluate, go on from where it was left."""
+
+import contextlib
+import functools
+import inspect
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from distillers import DISTILLERS
+from utils import checkpoint, distributed
+from utils.config import check_arguments
+from utils.errors import InputError
+from utils.log import Table, one_line, progress, read_log, tensorboard_writer
+from utils.malloc import keep_freed_memory
+from utils.optim import build_optimizers, set_learning_rates
+from utils.state import load_state, open_log, restore, save_state
+from utils.stopping import Stopped, Stopper
+
+# ------------------------------------------------------------------------------------------------------------ set-up
+
+
+def check_distiller(cfg):
+    """Raise InputError unless `cfg.distiller` names a distiller and arguments of it."""
+    name = cfg.distiller.get("name")
+    if not isinstance(name, str) or name not in DISTILLERS:
+        raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
+    check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
+
+
+def pick_device(cfg):
+    """The torch.device of the setting."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", "cuda is not available here; valid: auto, cpu")
+    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def build_autocast(precision, device):
+    """A factory of autocast contexts; for fp32 of such that change nothing."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
+
+
+def build_distiller(cfg, student, teacher):
+    """The distiller of the settings around two networks; what its constructor refuses is bad input."""
+    arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
+    distiller = DISTILLERS[cfg.distiller["name"]]
+    if "image_size" in inspect.signature(distiller).parameters:
+        arguments.setdefault("image_size", cfg.data.size)
+    try:
+        return distiller(student, teacher, **arguments)
+    except ValueError as error:
+        raise InputError("distiller", str(error)) from None
+
+
+def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1):
+    """All that a run works with, around networks on the device."""
+    run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
+                          test_loader=test_loader, device=device, accumulate=accumulate,
+                          autocast=build_autocast(cfg.precision, device))
+    torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train or load a teacher
+    run.distiller = build_distiller(cfg, student, teacher).to(device)
+    run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    for model in (student, teacher) if cfg.compile else ():
+        if model is not None:
+            model.compile()
+    run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True) if world > 1 else run.distiller
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------- one epoch
+
+
+def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
+    """Steps `first_step` to the end of `epoch`, or to a stop; returns the number of steps done.
+
+    A step is `run.accumulate` batches of each process. Rows go to `table`; clock["waited"] counts the seconds spent
+    waiting for data. Every cfg.save_every steps save(step) is called.
+    Raises FloatingPointError for a loss that is not finite, InputError where too much of the data cannot be read.
+    """
+    run.model.train()
+    loader, metrics = run.train_loader, getattr(run.distiller, "metrics", {})
+    batches, done, steps, failure = loader.epoch(epoch, first_step), first_step, len(loader), None
+    for step in progress(range(first_step, steps), f"epoch {epoch + 1}/{cfg.epochs}"):
+        # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
+        torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
+        for part in range(run.accumulate):
+            start = time.perf_counter()
+            images, targets = next(batches)
+            clock["waited"] += time.perf_counter() - start
+            # DDP averages the gradients of all processes with the last batch of a step, once.
+            alone = run.model is not run.distiller and part + 1 < run.accumulate
+            with run.model.no_sync() if alone else contextlib.nullcontext():
+                with run.autocast():
+                    logits, losses = run.model(images, targets)
+                run.scaler.scale(sum(losses.values()) / run.accumulate).backward()
+            table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
+            optimizer.zero_grad()
+        run.scaler.update()
+        done = step + 1
+        save_now = cfg.save_every and done % cfg.save_every == 0
+        now = done == steps or save_now
+        if now or done % cfg.log_every == 0:
+            failure = failure or table.failure(done, epoch)
+        stopping = stop(now, failed=failure is not None, count=loader.unreadable)
+        if stopping:  # nobody saves before all have looked at their losses
+            failure = failure or table.failure(done, epoch)
+            stop(now=True, failed=failure is not None, count=loader.unreadable)
+        if stop.any_failed:
+            raise failure or FloatingPointError("a loss of another process is not finite")
+        if stop.total:
+            loader.check(stop.total)
+        if stopping:
+            break
+        if save_now and done < steps:
+            save(done)
+    return done
+
+
+@torch.no_grad()
+def evaluate(model, loader, autocast, stop=None):
+    """(top-1, top-5) in per cent over the whole split: counts summed over all processes, then divided.
+
+    Raises Stopped where one of the processes was asked to stop, InputError where too much of the data cannot be read.
+    """
+    model.eval()
+    loader.unreadable = 0
+    distributed.broadcast_buffers(model)  # each process has BatchNorm statistics of its own; rank 0's are saved
+    counts = torch.zeros(5, dtype=torch.int64, device=loader.device)  # right at once, in five, of how many; see below
+    for images, targets in loader.epoch(0):
+        with autocast():
+            logits = model(images)
+        right = logits.topk(min(5, logits.shape[1])).indices == targets.unsqueeze(1)  # (B, 5)
+        counts[0] += right[:, 0].sum()
+        counts[1] += right.sum()
+        counts[2] += len(targets)
+        if stop and stop.signalled:  # a time limit can wait for the next step
+            counts[3] += 1
+            break
+    counts[4] = loader.unreadable
+    first, five, total, stopped, loader.unreadable = distributed.sum_over_processes(counts).tolist()
+    if stopped:
+        raise Stopped("stopped while evaluating")
+    if loader.unreadable:
+        loader.check(loader.unreadable)
+    return 100 * first / max(total, 1), 100 * five / max(total, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+def check_teacher(cfg, run, say, stop):
+    """Print the teacher's accuracy; stop where it is not what the settings promise."""
+    top1, _ = evaluate(run.teacher, run.test_loader, run.autocast, stop)
+    say(f"teacher {cfg.teacher.name} from {run.teacher_file}: top-1 {top1:.2f}")
+    if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
+        raise InputError("teacher.accuracy", f"{run.teacher_file} has top-1 {top1:.2f}, more than 0.5 below "
+                         f"{cfg.teacher.accuracy}: another file, other data, or another normalisation?")
+
+
+def train(cfg, set_up, ignored, timeout=None):
+    """Train until the run is finished, from where it was left; returns the log's last line.
+
+    set_up(cfg, rank, world, device) -> an `assemble`d run. `ignored`: settings in which a resumed run may differ.
+    timeout: seconds after which a process that waits for another gives up; None: PyTorch's.
+    Raises InputError for bad input, Stopped when asked to stop, FloatingPointError for a loss that is not finite.
+    """
+    folder = Path(cfg.runs, cfg.name)
+    rank, world, device = distributed.start(pick_device(cfg), timeout)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
+    if not distributed.is_the_same(state["epoch"] * 10**9 + state["step"] if state else -1, device):
+        raise InputError("runs", f"not all processes see the same {folder}; valid: a folder that all nodes share")
+    if state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs:
+        last = log[-1]
+        say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
+        return last
+
+    run = set_up(cfg, rank, world, device)
+    stop = Stopper(cfg.stop_after, timeout)
+    size = cfg.batch_size // (world * run.accumulate)
+    say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "
+        f"{run.accumulate} × {size}; {len(run.train_loader)} steps an epoch, {cfg.epochs} epochs")
+    if run.teacher is not None and not state:  # once, and not at each restart
+        check_teacher(cfg, run, say, stop)
+    epoch, step, best, saved_table = 0, 0, 0.0, None
+    clock = {"seconds": 0.0, "waited": 0.0, "unreadable": 0}  # of this epoch, as saved
+    if state:
+        epoch, step, best, clock, saved_table = (state[k] for k in ("epoch", "step", "best", "clock", "table"))
+        restore(run, state)
+        say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
+    if rank == 0:
+        open_log(cfg, folder, state, world, device)
+    writer = tensorboard_writer(folder) if cfg.tensorboard and rank == 0 else None
+
+    while epoch < cfg.epochs:
+        start = time.monotonic() - clock["seconds"]
+        if hasattr(run.distiller, "set_epoch"):
+            run.distiller.set_epoch(epoch)
+        rates = set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, epoch, cfg.epochs)
+        table = Table(len(run.train_loader), device, saved_table)
+        if rank > 0:
+            table.clear()  # the sums of all processes so far are rank 0's
+        run.train_loader.unreadable = clock["unreadable"] if rank == 0 else 0
+
+        def save(step):
+            unreadable = torch.tensor(run.train_loader.unreadable, device=device)
+            clock["unreadable"] = distributed.sum_over_processes(unreadable).item()  # noqa: B023, called in turn
+            clock["seconds"] = time.monotonic() - start  # noqa: B023
+            save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, clock=clock)  # noqa: B023
+
+        try:
+            step = train_one_epoch(cfg, run, epoch, step, table, clock, stop, save)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{folder}: {error}; latest.pth there is as of the last good save") from None
+        save(step)
+        if stop.asked:
+            raise Stopped(f"{folder}: saved at epoch {epoch + 1}, step {step}; the same command goes on from there")
+        try:
+            top1, top5 = evaluate(run.student, run.test_loader, run.autocast, stop)
+        except Stopped:
+            raise Stopped(f"{folder}: saved at epoch {epoch + 1}, before its evaluation; the same command goes on from "
+                          "there") from None
+        best = max(best, top1)
+        entry = {"epoch": epoch + 1, "top1": top1, "top5": top5, "best_top1": best} | rates | table.means()
+        entry |= {"images_per_s": table.images() / clock["seconds"], "data_wait": clock["waited"] / clock["seconds"]}
+        unreadable = clock["unreadable"] + run.test_loader.unreadable
+        entry |= {"unreadable": unreadable} if unreadable else {}
+        entry |= {"seconds": time.monotonic() - start}
+        say(one_line(entry, cfg.epochs))
+        if rank == 0:
+            checkpoint.append(folder / "log.jsonl", entry)
+        for key, value in entry.items() if writer else ():
+            writer.add_scalar(key, float("nan") if value is None else value, epoch + 1)
+        epoch, step, saved_table, clock = epoch + 1, 0, None, {"seconds": 0.0, "waited": 0.0, "unreadable": 0}
+
+    last = {}
+    if rank == 0:
+        last = read_log(folder / "log.jsonl")[-1]
+        checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
+                                                 "accuracy": last["top1"]})
+        say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
+    distributed.barrier()
+    return last
+
+
+def exit_code(path, action):
+    """0 after action(); bad input and a loss that is not finite become a line on stderr, and 2 and 1."""
+    try:
+        action()
+    except InputError as error:
+        if distributed.is_main():
+            print(f"error: {path}: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        if distributed.is_main():
+            print(stopped)
+    finally:
+        distributed.finish()
+    return 0

@@ -1,0 +1,220 @@
+"""A tree of image files, decoded, cropped and augmented by worker processes; ImageNet for instance.
+
+Workers hand over uint8; the device normalizes. What is drawn for an image follows from (seed, epoch, index) alone:
+neither the number of workers nor a restart in mid-epoch changes it.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import FakeData, ImageFolder
+from torchvision.transforms import v2
+
+from utils.data import STATISTICS, normalize, one_line
+from utils.errors import InputError
+
+MEAN, STD = STATISTICS["folder"]
+UNREADABLE = 0.001  # a larger share of the images stops the run
+
+
+class Tree:
+    """The files of one split, `<root>/<split>/<class>/*`: len(), classes, name(i), open(i) -> (PIL image, label)."""
+
+    def __init__(self, root, split):
+        folder = Path(root, split)
+        try:
+            listing = ImageFolder(folder)
+        except OSError as error:  # no such folder, no class in it, a class without images
+            raise InputError("data.root", f"{folder}: {one_line(error)}") from None
+        self.classes = listing.classes
+        # As two arrays: a list of a million tuples would be copied to every worker as its reference counts change.
+        self.paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in listing.samples])
+        self.labels, self.folder = np.array(listing.targets), str(folder)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.paths[i].item()))
+
+    def open(self, i):
+        return Image.open(self.name(i)), int(self.labels[i])
+
+
+class Fake:
+    """Noise in the place of images, for dry runs: 1,000 classes."""
+
+    def __init__(self, split, samples, size):
+        self.classes = [str(label) for label in range(1000)]
+        self.images = FakeData(samples, (3, size, size), 1000, random_offset=0 if split == "train" else samples)
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, i):
+        return f"fake image {i}"
+
+    def open(self, i):
+        image, label = self.images[i]
+        return image, int(label)
+
+
+def random_resized_crop(image, size, fast=True):
+    """RandomResizedCrop(size) of torchvision with its defaults (Szegedy et al., CVPR 2015, section 6), PIL to PIL.
+
+    fast: a JPEG is decoded at a half, a quarter or an eighth of its size where the crop leaves `size` pixels even so,
+    and crop and resize are one operation. tests/benchmark.py images prints by how much the pixels differ.
+    """
+    crop = v2.RandomResizedCrop(size).make_params([image])
+    left, top, width, height = (crop[key] for key in ("left", "top", "width", "height"))
+    if not fast:
+        box = (left, top, left + width, top + height)
+        return image.convert("RGB").crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    full, factor = image.width, min(width, height) / size
+    if factor >= 2:
+        image.draft("RGB", (int(image.width / factor), int(image.height / factor)))  # at least so large
+    scale = image.width / full
+    box = tuple(scale * edge for edge in (left, top, left + width, top + height))
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
+
+
+class Images(torch.utils.data.Dataset):
+    """Images of a split as uint8 (size, size, 3), with labels; item (epoch, index) -> (image, label, problems).
+
+    train: random crop and flip, then `randaugment` (two operations of that magnitude, 0 to 30), `color_jitter` (of
+    brightness, contrast and saturation) and `random_erasing` (probability; with the mean colour), where not 0.
+    Otherwise the shorter side is resized to size · 256 / 224 and the centre cut out.
+    An unreadable file is in `problems`, [(path, reason)]. In training another image stands in for it; in validation
+    the image is None.
+    """
+
+    def __init__(self, source, size, *, train, seed=0, randaugment=0, color_jitter=0.0, random_erasing=0.0):
+        self.source, self.size, self.train, self.seed = source, size, train, seed
+        on_image, on_tensor = [v2.RandomHorizontalFlip()], []
+        if randaugment:
+            on_image.append(v2.RandAugment(2, randaugment))
+        if color_jitter:
+            on_image.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        if random_erasing:
+            on_tensor.append(v2.RandomErasing(random_erasing, value=[round(255 * mean) for mean in MEAN]))
+        self.on_image, self.on_tensor = v2.Compose(on_image), v2.Compose(on_tensor) if on_tensor else None
+        self.on_val = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index):
+        """-> uint8 (size, size, 3), label. Raises what Pillow raises for a damaged file."""
+        image, label = self.source.open(index)
+        with image:
+            if self.train:
+                image = self.on_image(random_resized_crop(image, self.size))
+            else:
+                image = self.on_val(image.convert("RGB"))
+        image = torch.from_numpy(np.array(image))
+        if self.train and self.on_tensor:
+            image = self.on_tensor(image.permute(2, 0, 1)).permute(1, 2, 0)
+        return image, label
+
+    def __getitem__(self, item):
+        epoch, index = item
+        problems = []
+        with torch.random.fork_rng(devices=[]):
+            for attempt in range(100 if self.train else 1):
+                i = (index + 7919 * attempt) % len(self)  # far enough not to be of the same broken folder
+                torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
+                try:
+                    return *self.read(i), problems
+                except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
+                    problems.append((self.source.name(i), one_line(error)))
+        return None, 0, problems
+
+
+def collate(items):
+    """[(image, label, problems)] -> images uint8 (B, S, S, 3), labels int64 (B,), problems; without the unreadable."""
+    images = [image for image, _, _ in items if image is not None]
+    labels = [label for image, label, _ in items if image is not None]
+    problems = [problem for _, _, some in items for problem in some]
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), problems
+
+
+def ignore_signals(_):
+    """In a worker: the process that started it decides when to leave."""
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Order:
+    """The batches of one process as lists of (epoch, index), for a DataLoader; set epoch and first, then iterate."""
+
+    def __init__(self, n, batch, *, train, seed, rank, world, accumulate):
+        self.n, self.batch, self.train, self.seed = n, batch, train, seed
+        self.rank, self.world, self.accumulate, self.epoch, self.first = rank, world, accumulate, 0, 0
+
+    def __len__(self):
+        if self.train:
+            return self.n // (self.batch * self.world * self.accumulate) * self.accumulate
+        return -(-len(range(self.rank, self.n, self.world)) // self.batch)  # rounded up
+
+    def __iter__(self):
+        order = np.arange(self.n)
+        if self.train:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        # Together the processes see exactly the batch that one process would.
+        mine = order[self.rank :: self.world]
+        for i in range(self.first, len(self)):
+            yield [(self.epoch, int(index)) for index in mine[i * self.batch : (i + 1) * self.batch]]
+
+
+class ImageLoader:
+    """Batches of one process from worker processes, on the device; the last incomplete step of training is left out.
+
+    batch_size: images a step, over all `world` processes and `accumulate` batches. train=False: images rank, rank +
+    world, …, batch_size of them at a time; over all processes every image exactly once.
+    len(): steps, in training of `accumulate` batches each. unreadable: how many files could not be read this epoch.
+    Raises InputError when batch_size is not a multiple of world · accumulate, or training has no step at all.
+    """
+
+    def __init__(self, images, batch_size, *, train, seed=0, rank=0, world=1, accumulate=1, workers=0, device="cpu",
+                 channels_last=True):
+        parts = world * accumulate if train else 1
+        if batch_size % parts:
+            raise InputError("batch_size", f"{batch_size} is not a multiple of {world} processes x {accumulate}")
+        self.images, self.rank, self.device, self.channels_last = images, rank, torch.device(device), channels_last
+        self.accumulate, self.unreadable = accumulate, 0
+        self.order = Order(len(images), batch_size // parts, train=train, seed=seed, rank=rank, world=world,
+                           accumulate=accumulate)
+        if train and len(images) < batch_size:
+            raise InputError("batch_size", f"{len(images)} training images are too few for {batch_size}")
+        self.mean, self.std = (torch.tensor(value, device=self.device) for value in (MEAN, STD))
+        self.loader = DataLoader(images, batch_sampler=self.order, num_workers=workers, collate_fn=collate,
+                                 pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
+                                 worker_init_fn=ignore_signals)
+
+    def __len__(self):
+        return len(self.order) // self.accumulate
+
+    def epoch(self, epoch, first_step=0):
+        """Yield images float32 (B, 3, S, S) and labels (B,) of an epoch's batches, from a step on."""
+        self.order.epoch, self.order.first = epoch, first_step * self.accumulate
+        for images, labels, problems in self.loader:
+            for path, reason in problems:
+                print(f"left out: {path}: {reason}", file=sys.stderr, flush=True)
+            self.unreadable += len(problems)
+            if len(labels):
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+                images = normalize(images, self.mean, self.std)
+                yield images if self.channels_last else images.contiguous(), labels
+
+    def check(self, unreadable):
+        """Raise InputError where so many files, of all processes, are too many."""
+        if unreadable > UNREADABLE * len(self.images):
+            raise InputError("data.root", f"{unreadable} of {len(self.images)} images could not be read, more than "
+                             f"{100 * UNREADABLE} %; the lines above name them")
