@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData, ImageFolder
+from torchvision.io import decode_image
 from torchvision.transforms import v2
 
 from utils.data import STATISTICS, normalize, one_line
@@ -65,24 +66,25 @@ class Fake:
         return image, int(label)
 
 
-def random_resized_crop(image, size, fast=True):
-    """RandomResizedCrop(size) of torchvision with its defaults (Szegedy et al., CVPR 2015, section 6), PIL to PIL.
+def random_resized_crop(image, size):
+    """RandomResizedCrop(size) of torchvision with its defaults: a file just opened by Pillow -> uint8 (3, size, size).
 
-    fast: a JPEG is decoded at a half, a quarter or an eighth of its size where the crop leaves `size` pixels even so,
-    and crop and resize are one operation. tests/benchmark.py images prints by how much the pixels differ.
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the crop leaves `size` pixels even so, and
+    else by torchvision, faster than by Pillow. tests/benchmark.py images prints what that saves, and by how much pixels
+    differ.
     """
     crop = v2.RandomResizedCrop(size).make_params([image])
     left, top, width, height = (crop[key] for key in ("left", "top", "width", "height"))
-    if not fast:
-        box = (left, top, left + width, top + height)
-        return image.convert("RGB").crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    full, factor = image.width, min(width, height) / size
-    if factor >= 2:
-        image.draft("RGB", (int(image.width / factor), int(image.height / factor)))  # at least so large
+    factor = min(width, height) / size
+    if image.format == "JPEG" and factor < 2:
+        region = decode_image(image.filename, mode="RGB")[None, :, top : top + height, left : left + width]
+        return torch.nn.functional.interpolate(region, (size, size), mode="bilinear", antialias=True)[0]
+    full = image.width
+    image.draft("RGB", (int(image.width / factor), int(image.height / factor)))  # at least so large; JPEG alone
     scale = image.width / full
-    box = tuple(scale * edge for edge in (left, top, left + width, top + height))
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
+    box = [scale * edge for edge in (left, top, left + width, top + height)]
+    box[2:] = min(box[2], image.width), min(box[3], image.height)
+    return v2.functional.pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 class Images(torch.utils.data.Dataset):
@@ -97,15 +99,18 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, source, size, *, train, seed=0, randaugment=0, color_jitter=0.0, random_erasing=0.0):
         self.source, self.size, self.train, self.seed = source, size, train, seed
-        on_image, on_tensor = [v2.RandomHorizontalFlip()], []
-        if randaugment:
-            on_image.append(v2.RandAugment(2, randaugment))
-        if color_jitter:
-            on_image.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        steps = [v2.RandomHorizontalFlip()]
+        if randaugment or color_jitter:  # faster on Pillow's images than on tensors
+            steps.append(v2.ToPILImage())
+            if randaugment:
+                steps.append(v2.RandAugment(2, randaugment))
+            if color_jitter:
+                steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+            steps.append(v2.PILToTensor())
         if random_erasing:
-            on_tensor.append(v2.RandomErasing(random_erasing, value=[round(255 * mean) for mean in MEAN]))
-        self.on_image, self.on_tensor = v2.Compose(on_image), v2.Compose(on_tensor) if on_tensor else None
-        self.on_val = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)])
+            steps.append(v2.RandomErasing(random_erasing, value=[round(255 * mean) for mean in MEAN]))
+        self.augment = v2.Compose(steps)
+        self.centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __len__(self):
         return len(self.source)
@@ -115,25 +120,25 @@ class Images(torch.utils.data.Dataset):
         image, label = self.source.open(index)
         with image:
             if self.train:
-                image = self.on_image(random_resized_crop(image, self.size))
+                image = self.augment(random_resized_crop(image, self.size))
             else:
-                image = self.on_val(image.convert("RGB"))
-        image = torch.from_numpy(np.array(image))
-        if self.train and self.on_tensor:
-            image = self.on_tensor(image.permute(2, 0, 1)).permute(1, 2, 0)
-        return image, label
+                image = self.centre(image.convert("RGB"))
+        return image.permute(1, 2, 0), label
 
     def __getitem__(self, item):
         epoch, index = item
         problems = []
-        with torch.random.fork_rng(devices=[]):
-            for attempt in range(100 if self.train else 1):
-                i = (index + 7919 * attempt) % len(self)  # far enough not to be of the same broken folder
-                torch.manual_seed(int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]))
-                try:
-                    return *self.read(i), problems
-                except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
-                    problems.append((self.source.name(i), one_line(error)))
+        before = torch.get_rng_state()
+        for attempt in range(100 if self.train else 1):
+            i = (index + 7919 * attempt) % len(self)  # far enough not to be of the same broken folder
+            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+            torch.default_generator.manual_seed(int(seed))  # torch.manual_seed visits every device: 0.2 ms an image
+            try:
+                return *self.read(i), problems
+            except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
+                problems.append((self.source.name(i), one_line(error)))
+            finally:
+                torch.set_rng_state(before)
         return None, 0, problems
 
 
