@@ -18,7 +18,12 @@ def start(device, timeout=None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # One node: torchrun serves the same store again after a restart, where a process would still find the
+            # addresses of those that died. (Of several nodes, each counts its own restarts; their store is a new one.)
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(seconds=timeout) if timeout else None)
     return dist.get_rank(), dist.get_world_size(), device
 

@@ -1,0 +1,185 @@
+"""Decoding, cropping, order and what becomes of files that cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from utils import images as module
+from utils.data import normalize
+from utils.errors import InputError
+from utils.images import MEAN, STD, Fake, ImageLoader, Images, Tree, random_resized_crop
+
+
+def picture(width, height, seed=0):
+    """A smooth image with some noise, as photographs are."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 255, (height // 50 + 2, width // 50 + 2, 3), np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 4, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """11 + 7 images of 2 classes in a real tree of folders, green and red."""
+    root = tmp_path_factory.mktemp("tree")
+    for split, n in ("train", 11), ("val", 7):
+        for i in range(n):
+            folder = root / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.zeros((50, 60 + i, 3), np.uint8)
+            pixels[..., 1 - i % 2] = np.linspace(150, 250, 60 + i)
+            Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=95)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_crop_is_torchvisions(tmp_path, kind):
+    picture(500, 375).save(tmp_path / "a", kind)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        own = random_resized_crop(Image.open(tmp_path / "a"), 224)
+        torch.manual_seed(seed)
+        theirs = v2.functional.pil_to_tensor(v2.RandomResizedCrop(224)(Image.open(tmp_path / "a").convert("RGB")))
+        difference = (own.float() - theirs.float()).abs()
+        assert own.dtype == torch.uint8 and own.shape == (3, 224, 224)
+        assert difference.max() <= 1 and difference.mean() < 0.1  # of 255, by rounding
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_stays_close(tmp_path):
+    picture(1600, 1200).save(tmp_path / "a.jpg", quality=95)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image = Image.open(tmp_path / "a.jpg")
+        own = random_resized_crop(image, 128)
+        torch.manual_seed(seed)
+        crop = v2.RandomResizedCrop(128).make_params([Image.open(tmp_path / "a.jpg")])
+        assert (image.size < (1600, 1200)) == (min(crop["width"], crop["height"]) >= 256)
+        torch.manual_seed(seed)
+        theirs = v2.functional.pil_to_tensor(v2.RandomResizedCrop(128)(Image.open(tmp_path / "a.jpg").convert("RGB")))
+        assert (own.float() - theirs.float()).abs().mean() < 1.0  # of 255
+
+
+def test_validation_is_torchvisions_resize_and_centre_crop(root):
+    images = Images(Tree(root, "val"), 32, train=False)
+    expected = v2.Compose([v2.Resize(37), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                           v2.Normalize(MEAN, STD)])
+    for i in range(7):
+        image, label, problems = images[0, i]
+        with Image.open(images.source.name(i)) as original:
+            own = normalize(image[None], MEAN, STD)[0]
+            torch.testing.assert_close(own, expected(original.convert("RGB")), rtol=1e-5, atol=1e-5)
+        assert problems == [] and label == (0 if image[16, 16, 1] > 100 else 1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"randaugment": 27, "color_jitter": 0.4, "random_erasing": 0.5}])
+def test_what_is_drawn_follows_from_seed_epoch_and_index(root, arguments):
+    images = [Images(Tree(root, "train"), 32, train=True, seed=seed, **arguments) for seed in (0, 0, 1)]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    items = [images[0][0, i][0] for i in range(11)]
+    torch.manual_seed(7)
+    assert all(torch.equal(item, images[1][0, i][0]) for i, item in enumerate(items))
+    assert not all(torch.equal(item, images[2][0, i][0]) for i, item in enumerate(items))
+    assert not all(torch.equal(item, images[0][1, i][0]) for i, item in enumerate(items))
+    assert all(item.shape == (32, 32, 3) and item.dtype == torch.uint8 for item in items)
+    torch.set_rng_state(state)
+    images[0][0, 3]
+    assert torch.equal(state, torch.get_rng_state())  # the training loop's own stream is left alone
+
+
+def batches(root, split="train", **arguments):
+    images = Images(Tree(root, split), 32, train=split == "train")
+    return ImageLoader(images, arguments.pop("batch_size", 4), train=split == "train", **arguments)
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_processes_and_accumulated_batches_together_see_the_batch_of_one(root, world, accumulate):
+    whole = batches(root)
+    parts = [batches(root, rank=rank, world=world, accumulate=accumulate) for rank in range(world)]
+    assert len(whole) == len(parts[0]) == 2
+    for loader in [whole, *parts]:
+        loader.order.epoch = 3
+    expected = [sorted(index for _, index in batch) for batch in whole.order]
+    orders = [list(part.order) for part in parts]
+    for step in range(2):
+        seen = [index for order in orders
+                for batch in order[step * accumulate : (step + 1) * accumulate] for _, index in batch]
+        assert sorted(seen) == expected[step]
+    whole.order.epoch = 4
+    assert [sorted(index for _, index in batch) for batch in whole.order] != expected
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_validation_sees_every_image_once(root, world):
+    seen = []
+    for rank in range(world):
+        loader = batches(root, "val", batch_size=2, rank=rank, world=world)
+        seen += [index for batch in loader.order for _, index in batch]
+        assert sum(len(labels) for _, labels in loader.epoch(0)) == len(range(rank, 7, world))
+    assert sorted(seen) == list(range(7))
+
+
+def test_workers_and_a_start_in_mid_epoch_change_nothing(root):
+    plain = list(batches(root).epoch(1))
+    assert len(plain) == 2 and plain[0][0].shape == (4, 3, 32, 32) and plain[0][0].dtype == torch.float32
+    workers = batches(root, workers=2)
+    for _ in range(2):  # the workers stay for the next epoch
+        list(workers.epoch(0))
+        for (a, labels), (b, others) in zip(plain, workers.epoch(1), strict=True):
+            assert torch.equal(a, b) and torch.equal(labels, others)
+    [(last, _)] = workers.epoch(1, first_step=1)
+    assert torch.equal(last, plain[1][0])
+
+
+def test_memory_format(root):
+    assert next(batches(root).epoch(0))[0].is_contiguous(memory_format=torch.channels_last)
+    assert next(batches(root, channels_last=False).epoch(0))[0].is_contiguous()
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_an_unreadable_image_is_named_and_left_out(root, tmp_path, capsys, monkeypatch, content):
+    import shutil
+
+    shutil.copytree(root, tmp_path / "tree")
+    whole = (tmp_path / "tree/train/class0/4.jpg").read_bytes()
+    for split, path in ("train", "train/class0/4.jpg"), ("val", "val/class1/3.jpg"):
+        (tmp_path / "tree" / path).write_bytes(whole[:600] if content is None else content)  # None: cut off
+        loader = batches(tmp_path / "tree", split)
+        labels = torch.cat([labels for _, labels in loader.epoch(0)])
+        assert len(labels) == (8 if split == "train" else 6)  # another stands in for it, or it is not counted
+        broken = loader.images.source.paths.tolist().index(path.split("/", 1)[1].encode())
+        visited = sum(index == broken for batch in loader.order for _, index in batch)
+        assert loader.unreadable == visited and (split == "train" or visited == 1)
+        error = capsys.readouterr().err
+        assert error.count("\n") == visited and (not visited or path in error)
+    with pytest.raises(InputError, match="1 of 7 images could not be read, more than 0.1 %"):
+        loader.check(1)
+    monkeypatch.setattr(module, "UNREADABLE", 0.15)
+    loader.check(1)
+
+
+def test_a_tree_without_a_readable_image_ends(tmp_path, capsys):
+    (tmp_path / "train/a").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / f"train/a/{i}.jpg").write_bytes(b"")
+    loader = batches(tmp_path)
+    assert list(loader.epoch(0)) == [] and loader.unreadable >= 4
+
+
+def test_bad_input():
+    fake = Images(Fake("train", 10, 32), 32, train=True)
+    with pytest.raises(InputError, match="batch_size: 9 is not a multiple of 2 processes x 2"):
+        ImageLoader(fake, 9, train=True, world=2, accumulate=2)
+    with pytest.raises(InputError, match="batch_size: 10 training images are too few for 12"):
+        ImageLoader(fake, 12, train=True)
+    with pytest.raises(InputError, match="data.root: .*nowhere"):
+        Tree("/nowhere", "train")
+
+
+def test_fake_images_are_repeatable_and_not_those_of_the_other_split():
+    train, again, val = (Fake(split, 5, 16) for split in ("train", "train", "val"))
+    assert np.array_equal(np.asarray(train.open(3)[0]), np.asarray(again.open(3)[0]))
+    assert not np.array_equal(np.asarray(train.open(3)[0]), np.asarray(val.open(3)[0]))
+    assert len(train.classes) == 1000 and 0 <= train.open(3)[1] < 1000
