@@ -65,8 +65,8 @@ def cka_of_terms(terms):
 def minibatch_cka(x, y):
     """Linear CKA of one mini-batch with unbiased HSIC: x (B, …), y (B, …) -> scalar, without gradient, in float32.
 
-    NaN where it is not defined: for fewer than 4 images, for maps that are the same for all images, and where noise
-    makes a variance negative. Several processes must all call it.
+    NaN where it is not defined: for fewer than 4 images, and for maps that are the same for all images. Several
+    processes must all call it.
     """
     return cka_of_terms(hsic_terms(x, y))
 
@@ -333,6 +333,8 @@ class DPK(nn.Module):
 
         shapes = {"student": map_shapes(student, image_size), "teacher": map_shapes(teacher, image_size)}
         self.plan, self.stages = [], nn.ModuleList()
+        if stages is not None and not stages:
+            raise ValueError("stages: an empty list; leave it out for the last two maps")
         for stage in stages or ({"student": -2, "teacher": -2, "weight": 0.6}, {}):
             stage = STAGE | check_stage(stage)
             for name, maps in shapes.items():

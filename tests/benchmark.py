@@ -1,21 +1,29 @@
 """Images a second of each part of training, for a pair of networks, and as a ratio to the bare bound.
 
     python tests/benchmark.py resnet56 resnet20 [--batch 64] [--precision bf16] [--seconds 5]
+    python tests/benchmark.py images [--seconds 5]
 
 The bound of a distiller: the teacher's forward, and the student's forward and backward, on tensors already in memory,
 in the same precision; of ce, the student's alone. Its whole step adds the data pipeline, the losses and connectors, the
 backward through them, the optimizers and the table of the log. Bound and step are measured in turns, so that a machine
 that changes its pace does so for both. Sizes of DPK's modules are those of yaml/dpk_<pair>.yaml where it exists.
+
+`images` is the input pipeline of train_imagenet.py: JPEGs a second that one worker decodes, crops and augments, beside
+Pillow and torchvision doing the same, and by how much the pixels of a crop differ from theirs.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,6 +32,7 @@ from models import MODELS
 from train_cifar import Settings, read_settings
 from utils.data import Loader, load_data
 from utils.engine import build_autocast, pick_device
+from utils.images import MEAN, STD, Images, Tree, random_resized_crop
 from utils.log import Table
 from utils.optim import build_optimizers, set_learning_rates
 
@@ -53,13 +62,17 @@ def dpk_settings(teacher, student):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", choices=MODELS)
-    parser.add_argument("student", choices=MODELS)
+    parser.add_argument("teacher", choices=[*MODELS, "images"])
+    parser.add_argument("student", choices=list(MODELS), nargs="?")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each figure")
     parser.add_argument("--distillers", nargs="*", default=list(DISTILLERS), choices=list(DISTILLERS))
     args = parser.parse_args()
+    if args.teacher == "images":
+        return benchmark_images(args.seconds)
+    if args.student is None:
+        parser.error("two networks, or images")
 
     cfg = Settings(batch_size=args.batch, precision=args.precision)
     device = pick_device(cfg)
@@ -153,6 +166,63 @@ def show_parts_of_dpk(distiller, images, autocast, args, device, show):
         }
         for part, seconds in seconds_per_call(functions, args.seconds / 2, device).items():
             show(f"  {H}x{W}: {part}", seconds)
+
+
+def benchmark_images(seconds):
+    """One worker on files of ImageNet's usual size, and on large ones."""
+    torch.set_num_threads(1)
+    print(f"one worker, torch {torch.__version__}, crops of 224×224")
+    for size in (500, 375), (1600, 1200):
+        with tempfile.TemporaryDirectory() as root:
+            write_jpegs(Path(root, "train", "class"), *size)
+            benchmark_tree(Tree(root, "train"), f"{size[0]}×{size[1]}", seconds)
+
+
+def write_jpegs(folder, width, height, n=16):
+    """n JPEGs of smooth random colours with some noise."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(0, 255, (height // 20, width // 20, 3), np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+        pixels = pixels + rng.normal(0, 5, (height, width, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+
+
+def benchmark_tree(tree, label, seconds):
+    images = Images(tree, 224, train=True)
+    strong = Images(tree, 224, train=True, randaugment=27, color_jitter=0.4, random_erasing=0.25)
+    crop, flip = v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()
+    end = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    plain = v2.Compose([crop, flip, *end])
+    plain_strong = v2.Compose([crop, flip, v2.RandAugment(2, 27), v2.ColorJitter(0.4, 0.4, 0.4), *end,
+                               v2.RandomErasing(0.25)])
+
+    def rgb(i):
+        return tree.open(i)[0].convert("RGB")
+
+    functions = {
+        "crop and flip": lambda i: images[0, i],
+        "the same by Pillow + torchvision": lambda i: plain(rgb(i)),
+        "RandAugment, jitter, erasing too": lambda i: strong[0, i],
+        "these by Pillow + torchvision": lambda i: plain_strong(rgb(i)),
+        "decoding alone, by Pillow": rgb,
+    }
+    times = seconds_per_call({name: lambda function=function: [function(i) for i in range(len(tree))]
+                              for name, function in functions.items()}, seconds, torch.device("cpu"))
+    names = list(times)
+    for i, name in enumerate(names):
+        ratio = f"{times[names[i + 1]] / times[name]:8.2f} times theirs" if i in (0, 2) else ""
+        print(f"{label}: {name:<34} {len(tree) / times[name]:8.0f} images/s {ratio}", flush=True)
+    differences = []
+    for i in range(len(tree)):
+        torch.manual_seed(i)
+        own = random_resized_crop(tree.open(i)[0], 224)
+        torch.manual_seed(i)
+        differences.append((own.float() - v2.functional.pil_to_tensor(crop(rgb(i))).float()).abs())
+    differences = torch.stack(differences)
+    print(f"{label}: pixels of a crop differ by {differences.mean():.2f} of 255 on average, {differences.max():.0f} at "
+          "most")
 
 
 if __name__ == "__main__":

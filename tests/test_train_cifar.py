@@ -348,6 +348,7 @@ def refused(capsys, *arguments):
     ("distiller.stages=[{encoder: [30, 1, 4]}]", ["heads divides dim"]),
     ("distiller.stages=3", ["distiller.stages"]),
     ("distiller.stages=[3]", ["stages: 3"]),
+    ("distiller.stages=[]", ["stages", "empty"]),
     ("distiller.stages=[{student: 1.5}]", ["student: 1.5"]),
     ("distiller.stages=[{weight: -1}]", ["weight: -1"]),
     ("distiller.patch=0", ["patch"]),
