@@ -67,7 +67,8 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
                           test_loader=test_loader, device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
     torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train or load a teacher
-    run.distiller = build_distiller(cfg, student, teacher).to(device)
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    run.distiller = build_distiller(cfg, student, teacher).to(device, memory_format=memory_format)
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     for model in (student, teacher) if cfg.compile else ():
