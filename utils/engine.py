@@ -205,6 +205,12 @@ def train(cfg, set_up, ignored, timeout=None):
         open_log(cfg, folder, state, world, device)
     writer = tensorboard_writer(folder) if cfg.tensorboard and rank == 0 else None
 
+    def save(step):  # where the loop below stands
+        unreadable = torch.tensor(run.train_loader.unreadable, device=device)
+        clock["unreadable"] = distributed.sum_over_processes(unreadable).item()
+        clock["seconds"] = time.monotonic() - start
+        save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, clock=clock)
+
     while epoch < cfg.epochs:
         start = time.monotonic() - clock["seconds"]
         if hasattr(run.distiller, "set_epoch"):
@@ -214,12 +220,6 @@ def train(cfg, set_up, ignored, timeout=None):
         if rank > 0:
             table.clear()  # the sums of all processes so far are rank 0's
         run.train_loader.unreadable = clock["unreadable"] if rank == 0 else 0
-
-        def save(step):
-            unreadable = torch.tensor(run.train_loader.unreadable, device=device)
-            clock["unreadable"] = distributed.sum_over_processes(unreadable).item()  # noqa: B023, called in turn
-            clock["seconds"] = time.monotonic() - start  # noqa: B023
-            save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, clock=clock)  # noqa: B023
 
         try:
             step = train_one_epoch(cfg, run, epoch, step, table, clock, stop, save)
