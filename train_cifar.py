@@ -196,7 +196,7 @@ def main(argv=None):
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this file of the student or the teacher instead")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings in place of the file's")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     def action():
         cfg = read_settings(args.cfg, args.overrides)

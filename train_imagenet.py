@@ -187,7 +187,7 @@ def main(argv=None):
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="WEIGHTS", help="evaluate this file, or torchvision's weights, instead")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings in place of the file's")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     def action():
         cfg = read_settings(args.cfg, args.overrides)

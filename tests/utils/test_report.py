@@ -1,0 +1,106 @@
+"""From a list of runs to a table: utils/run_list.py and utils/report.py."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train_cifar
+from utils import report, run_list
+
+ROOT = Path(__file__).parents[2]
+RUN = "yaml/ce_plaincnn2.yaml epochs=2 data.name=synthetic data.samples=300 device=cpu"
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A list of a section with two runs and two seeds, and the folder of its results."""
+    sections = {"small": {"title": "A small section", "seeds": [0, 1], "published": {"second": 70.66},
+                          "runs": {"first": RUN, "second": f"{RUN} optimizer.lr=0.01"}}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/runs.yaml").write_text(yaml.safe_dump(sections))
+    return tmp_path / "results/runs.yaml"
+
+
+def write_run(results, name, accuracies, epochs=None):
+    (results / name).mkdir()
+    header = {"run": name, "hardware": "a machine", "git": "0123456789"}
+    entries = [{"epoch": i + 1, "top1": top1, "best_top1": max(accuracies[: i + 1]), "seconds": 1800.0,
+                "cka_2": 0.5, "ratio_2": 0.5} for i, top1 in enumerate(accuracies)]
+    (results / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *entries]))
+    (results / name / "config.yaml").write_text(yaml.safe_dump({"epochs": epochs or len(accuracies)}))
+
+
+def test_runs_are_taken_one_after_the_other_and_leave_their_logs(listed, tmp_path, capfd):
+    arguments = [str(listed), f"--runs={tmp_path / 'runs'}"]
+    assert run_list.main([*arguments, "--seconds=10"]) == 0  # too few left, or a first run and a bit of the next
+    assert run_list.main(arguments) == 0
+    out = capfd.readouterr().out
+    order = [out.index(f"name=small_{run}") for run in ("first_s0", "second_s0", "first_s1", "second_s1")]
+    assert order == sorted(order) and "all runs of the list are finished" in out
+    for run in "first_s0", "second_s0", "first_s1", "second_s1":
+        folder = tmp_path / "results" / f"small_{run}"
+        assert run_list.finished(folder)
+        assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "log.jsonl"]
+    assert run_list.main(arguments) == 0
+    assert "train_cifar.py" not in capfd.readouterr().out
+    text = report.report(listed, figures=False)
+    assert "not run" not in text and text.count("| 2 |") == 2
+
+
+def test_a_run_that_fails_is_not_passed_over(listed, tmp_path, capfd):
+    assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}", "optimizer.lr=-1"]) == 2
+    assert "optimizer.lr" in capfd.readouterr().err
+
+
+def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
+    write_run(listed.parent, "small_second_s0", [10.0, 71.0, 70.0])
+    write_run(listed.parent, "small_second_s1", [10.0, 69.0, 68.0])
+    write_run(listed.parent, "small_first_s0", [10.0, 20.0], epochs=3)  # not finished
+    lines = report.report(listed, figures=False).splitlines()
+    assert "| first | not run | 0 |  | – |  |  |  |" in lines
+    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 30 min | a machine | 0123456 |" in lines
+    assert any(line.startswith("python train_cifar.py --cfg yaml/ce_plaincnn2.yaml") for line in lines)
+
+
+def test_figures_where_matplotlib_is_installed(listed):
+    pytest.importorskip("matplotlib")
+    write_run(listed.parent, "small_second_s0", [10.0, 71.0])
+    text = report.report(listed)
+    for kind in "accuracy", "ratio":
+        assert (listed.parent / f"small_{kind}.png").stat().st_size > 5000 and f"](small_{kind}.png)" in text
+
+
+def test_student_over_teacher():
+    section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": 50.0}}
+    logs = {key: [[{}, {"epoch": 1, "top1": top1}]] for key, top1 in
+            [("kd_plaincnn4", 30.0), ("kd_plaincnn10", 31.0), ("dpk_plaincnn4", 33.0)]}
+    _, lines = report.curves(section, logs)["teachers"]
+    assert lines == {"kd": ([40.0, 50.0], [30.0, 31.0]), "dpk": ([40.0], [33.0])}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common")])
+def test_a_bad_list_names_the_section(tmp_path, text, words):
+    (tmp_path / "runs.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        run_list.load_list(tmp_path / "runs.yaml")
+
+
+def test_every_run_of_our_list_is_valid():
+    names = []
+    for name, section in run_list.load_list(ROOT / "results/runs.yaml").items():
+        for run, _, seed, (_, cfg, *overrides) in run_list.runs_of(name, section):
+            settings = train_cifar.read_settings(ROOT / cfg, overrides)
+            assert (settings.name, settings.seed) == (run, seed)
+            names.append(run)
+        for teacher in section.get("teachers", {}).values():
+            assert teacher in names  # trained before
+    assert len(names) == len(set(names))
+
+
+def test_the_tables_follow_from_the_logs(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    assert report.report(tmp_path / "results/runs.yaml", figures=False) == (ROOT / "results/README.md").read_text()

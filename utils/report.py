@@ -1,0 +1,130 @@
+"""Write the tables and figures of a list of runs from their logs: README.md beside the list, nothing by hand.
+
+    python -m utils.report [results/runs.yaml]
+
+Figures are drawn where matplotlib is installed.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+from utils import checkpoint
+from utils.log import read_log
+from utils.run_list import finished, load_list, runs_of
+
+HEAD = """# Results
+
+Written by `python -m utils.report` from the logs in the folders beside this file; the runs are listed in `runs.yaml`.
+Top-1 is that of the last epoch, in per cent, mean ± standard deviation over n seeds; the best epoch stands beside it.
+"""
+
+
+def spread(values):
+    """Mean ± sample standard deviation of numbers, as text."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def duration(seconds):
+    """Seconds as text."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def logs_of(results, name, section):
+    """{key: [log of each finished seed]}, the keys in the order of the list."""
+    logs = {key: [] for key in section["runs"]}
+    for run, key, _, _ in runs_of(name, section):
+        if finished(results / run):
+            logs[key].append(read_log(results / run / "log.jsonl"))
+    return logs
+
+
+def table(name, section, logs):
+    """The lines of a section's table; a run without a log is 'not run'."""
+    commands = {}
+    for _, key, _, arguments in runs_of(name, section):
+        commands.setdefault(key, ["train_cifar.py", *arguments])
+    published = section.get("published", {})
+    lines = ["| run | top-1 | n | best epoch | published | time a run | machine | commit |", "|---" * 8 + "|"]
+    for key, seeds in logs.items():
+        cells = ["not run", "0", "", str(published.get(key, "–")), "", "", ""]
+        if seeds:
+            headers, last = [log[0] for log in seeds], [log[-1] for log in seeds]
+            cells = [spread([entry["top1"] for entry in last]), str(len(seeds)),
+                     spread([entry["best_top1"] for entry in last]), str(published.get(key, "–")),
+                     duration(statistics.mean(sum(entry["seconds"] for entry in log[1:]) for log in seeds)),
+                     ", ".join(dict.fromkeys(header["hardware"] for header in headers)),
+                     ", ".join(dict.fromkeys((header["git"] or "unknown")[:7] for header in headers))]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    commands = [f"python {shlex.join(command)}    # {key}" for key, command in commands.items()]
+    return [*lines, "", "```bash", *commands, "```"]
+
+
+def curves(section, logs):
+    """{kind of figure: (axes' labels, {label: (x, y)})}: accuracy, CKA and ratio, student over teacher."""
+    first = {key: seeds[0][1:] for key, seeds in logs.items() if seeds}
+    accuracy, ratio, teachers = {}, {}, {}
+    for key, entries in first.items():
+        epochs = [entry["epoch"] for entry in entries]
+        accuracy[key] = epochs, [entry["top1"] for entry in entries]
+        for column in entries[0]:
+            if column.startswith(("cka_", "ratio_")):
+                ratio[f"{key}: {column.replace('_', ', stage ')}"] = epochs, [entry[column] for entry in entries]
+        if "teachers" in section:  # the run's name is method_teacher
+            method, teacher = key.split("_", 1)
+            x, y = teachers.setdefault(method, ([], []))
+            x.append(section["teachers"][teacher])
+            y.append(statistics.mean(log[-1]["top1"] for log in logs[key]))
+    return {"accuracy": (("epoch", "top-1 in per cent"), accuracy), "ratio": (("epoch", "CKA and ratio"), ratio),
+            "teachers": (("teacher's top-1 in per cent", "student's"), teachers)}
+
+
+def draw(results, name, section, logs):
+    """The figures of a section as PNG files, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for kind, ((x_label, y_label), lines) in curves(section, logs).items():
+        if lines:
+            figure, axes = pyplot.subplots(figsize=(6, 4))
+            for label, (x, y) in lines.items():
+                axes.plot(x, y, label=label, marker="o" if kind == "teachers" else None)
+            axes.set(xlabel=x_label, ylabel=y_label, title=section["title"])
+            axes.legend(fontsize="small")
+            figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
+            pyplot.close(figure)
+
+
+def report(path, figures=True):
+    """The text of README.md for the list `path`; draws the figures beside it."""
+    results, lines = Path(path).parent, [HEAD]
+    for name, section in load_list(path).items():
+        logs = logs_of(results, name, section)
+        for key, run in section.get("teachers", {}).items():  # its accuracy in place of its name, once it is trained
+            log = read_log(results / run / "log.jsonl")
+            section["teachers"][key] = log[-1]["top1"] if log[1:] else float("nan")
+        lines += [f"## {section['title']}", "", section.get("text", ""), "", *table(name, section, logs), ""]
+        if figures:
+            draw(results, name, section, logs)
+        lines += [f"![{file.stem}]({file.name})\n" for file in sorted(results.glob(f"{name}_*.png"))]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", nargs="?", default="results/runs.yaml")
+    path = Path(parser.parse_args(argv).list)
+    checkpoint.write(path.parent / "README.md", report(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

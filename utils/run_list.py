@@ -1,0 +1,89 @@
+"""Take the first unfinished run of a list, again and again, within a time budget: in a queue, or on a borrowed machine.
+
+    python -m utils.run_list results/runs.yaml [--seconds 540] [--only short] [key.sub=value ...]
+
+The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds`, and `runs`, a mapping of names to a
+YAML file with overrides of its own; `published` figures of runs, and `teachers`, for the figure of utils/report.py.
+The first seed of all runs of a section comes before the second. Overrides on the command line (data.root=…, device=…)
+are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call goes on with
+an unfinished one where it was left.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from utils import checkpoint
+from utils.log import read_log
+
+KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers"}
+
+
+def load_list(path):
+    """{section: dict} of a list. Raises ValueError that names the section and the key."""
+    sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(sections, dict):
+        raise ValueError(f"{path}: not a mapping of sections")
+    for name, section in sections.items():
+        if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
+            raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
+    return sections
+
+
+def runs_of(name, section):
+    """[(name of the run, its key, seed, arguments of train_cifar.py)], the first seed of all runs first."""
+    runs = []
+    for seed in section.get("seeds", [0]):
+        for key, text in section["runs"].items():
+            cfg, *overrides = shlex.split(text)
+            run = f"{name}_{key}_s{seed}"
+            runs.append((run, key, seed, ["--cfg", cfg, *section.get("common", []), *overrides, f"seed={seed}",
+                                          f"name={run}"]))
+    return runs
+
+
+def finished(folder):
+    """Whether the folder holds the log and the settings of a run that reached its last epoch."""
+    lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
+    return len(lines) > 1 and config.exists() and lines[-1]["epoch"] == yaml.safe_load(config.read_text())["epochs"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", help="the YAML file")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="save and leave after so long")
+    parser.add_argument("--only", help="this section alone")
+    parser.add_argument("--runs", default="runs", help="where the runs are kept, with their weights")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
+    args = parser.parse_intermixed_args(argv)
+    results, deadline = Path(args.list).parent, time.monotonic() + args.seconds
+    for name, section in load_list(args.list).items():
+        for run, _, _, arguments in runs_of(name, section) if args.only in (None, name) else ():
+            if finished(results / run):
+                continue
+            left = deadline - time.monotonic()
+            if left < 30:
+                print(f"out of time before {run}")
+                return 0
+            command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
+            command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
+            print("python", shlex.join(command), flush=True)
+            code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[1]).returncode
+            if code:
+                return code
+            folder = Path(__file__).parents[1] / args.runs / run
+            if not finished(folder):
+                return 0  # stopped in time, or by a signal
+            for file in "log.jsonl", "config.yaml":
+                checkpoint.write(results / run / file, (folder / file).read_bytes())
+    print("all runs of the list are finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
