@@ -506,6 +506,7 @@ def test_processes_that_do_not_share_a_folder(config, tmp_path):
             for rank, folder in enumerate("ab")]
     errors = [finish(process, check=2)[1] for process in both]
     assert "a folder that all nodes share" in errors[0]
+    assert not (tmp_path / "b").exists()  # rank 0 alone writes
 
 
 # ----------------------------------------------------------------------------------------------- what the project ships
