@@ -102,3 +102,14 @@ def test_a_vision_transformer_of_another_image_size():
     with torch.no_grad():
         _, features = model(torch.randn(1, 3, 64, 64), return_features=True)
     assert [tuple(m.shape) for m in features["maps"]] == [(1, 768, 2, 2)] * 4
+
+
+def test_compile_sees_one_graph():
+    model = IMAGENET_MODELS["resnet18"](num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, _ = model(images, return_features=True)
+        model.compile(backend="eager", fullgraph=True)
+        logits, features = model(images, return_features=True)
+    torch.testing.assert_close(logits, expected)
+    assert len(features["maps"]) == 5
