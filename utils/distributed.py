@@ -33,6 +33,11 @@ def is_main():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def is_main_of_node():
+    """One process of each node."""
+    return is_main() or os.environ.get("LOCAL_RANK") == "0"
+
+
 def sum_over_processes(tensor):
     """The sum over all processes, in place; counts are to be summed, and divided only then."""
     if dist.is_initialized():

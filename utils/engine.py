@@ -261,7 +261,7 @@ def exit_code(path, action):
     try:
         action()
     except InputError as error:
-        if distributed.is_main():
+        if distributed.is_main_of_node():  # what is wrong may be so on one node alone
             print(f"error: {path}: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
