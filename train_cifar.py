@@ -146,7 +146,7 @@ def set_up(cfg, rank, world, device):
     if rank == 0:
         distributed.barrier()
     train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**63)
     student = build_network(cfg.student.name, len(data.classes), cfg, device)
     teacher = load_teacher(cfg, len(data.classes), device) if cfg.distiller["name"] != "ce" else None
     return engine.assemble(cfg, student, teacher, train_loader, test_loader, device, world,

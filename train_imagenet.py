@@ -148,7 +148,7 @@ def set_up(cfg, rank, world, device):
     test_loader = ImageLoader(val, train_loader.order.batch, train=False, **common)
     if rank > 0:  # rank 0 downloads, if need be
         distributed.barrier()
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**63)
     classes, networks = len(train.source.classes), {"student": cfg.student, "teacher": cfg.teacher}
     if cfg.distiller["name"] == "ce":
         del networks["teacher"]

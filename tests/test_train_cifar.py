@@ -216,6 +216,15 @@ def test_a_non_finite_loss_stops_with_its_name_and_keeps_the_checkpoint(config, 
     assert train_cifar.main(["--cfg", path]) == 0
 
 
+def test_a_seed_may_be_any_number_and_a_lost_log_is_no_error(config, tmp_path):
+    path = config("kd", epochs=1, seed=2**64)
+    assert train_cifar.main(["--cfg", path]) == 0
+    entries = log(tmp_path / "runs/run")
+    (tmp_path / "runs/run/log.jsonl").unlink()
+    assert train_cifar.main(["--cfg", path]) == 0
+    assert log(tmp_path / "runs/run") == entries  # the last epoch is evaluated anew
+
+
 def test_validation_split_reports_on_held_out_training_images(config, tmp_path):
     assert train_cifar.main(["--cfg", config("kd"), "val_split=100", "epochs=1"]) == 0
     top1 = log(tmp_path / "runs/run")[-1]["top1"]

@@ -66,7 +66,7 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
-    torch.manual_seed(cfg.seed + 1)  # the connectors', whatever was drawn to train or load a teacher
+    torch.manual_seed((cfg.seed + 1) % 2**63)  # the connectors', whatever was drawn to train or load a teacher
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     run.distiller = build_distiller(cfg, student, teacher).to(device, memory_format=memory_format)
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
