@@ -183,7 +183,8 @@ class ImageLoader:
     batch_size: images a step, over all `world` processes and `accumulate` batches. train=False: images rank, rank +
     world, …, batch_size of them at a time; over all processes every image exactly once.
     len(): steps, in training of `accumulate` batches each. unreadable: how many files could not be read this epoch.
-    Raises InputError when batch_size is not a multiple of world · accumulate, or training has no step at all.
+    Raises InputError when batch_size is not a multiple of world · accumulate, or training has no step at all; in
+    training also where no image of a batch can be read.
     """
 
     def __init__(self, images, batch_size, *, train, seed=0, rank=0, world=1, accumulate=1, workers=0, device="cpu",
@@ -213,6 +214,8 @@ class ImageLoader:
             for path, reason in problems:
                 print(f"left out: {path}: {reason}", file=sys.stderr, flush=True)
             self.unreadable += len(problems)
+            if not len(labels) and self.order.train:  # a hundred in a row: nearly all are
+                self.check(self.unreadable)
             if len(labels):
                 images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
                 images = normalize(images, self.mean, self.std)

@@ -164,8 +164,9 @@ def test_a_tree_without_a_readable_image_ends(tmp_path, capsys):
     (tmp_path / "train/a").mkdir(parents=True)
     for i in range(4):
         (tmp_path / f"train/a/{i}.jpg").write_bytes(b"")
-    loader = batches(tmp_path)
-    assert list(loader.epoch(0)) == [] and loader.unreadable >= 4
+    with pytest.raises(InputError, match="of 4 images could not be read"):
+        list(batches(tmp_path).epoch(0))
+    assert "train/a/0.jpg" in capsys.readouterr().err
 
 
 def test_bad_input():
