@@ -271,7 +271,7 @@ def map_shapes(model, image_size):
     return [tuple(m.shape[1:]) for m in maps]
 
 
-STAGE = {"student": -1, "teacher": -1, "weight": 1.0, "encoder": (128, 6, 8), "decoder": (128, 4, 8)}
+STAGE = {"student": -1, "teacher": -1, "weight": 1.0, "patch": 1, "encoder": (128, 6, 8), "decoder": (128, 4, 8)}
 
 
 def check_stage(stage):
@@ -294,8 +294,8 @@ def check_stage(stage):
 class DPK(nn.Module):
     """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage (defaults: CIFAR-100).
 
-    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `encoder` and
-    `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
+    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `patch`, side of a token;
+    `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
@@ -306,7 +306,7 @@ class DPK(nn.Module):
     """
 
     def __init__(self, student, teacher, *, stages: list | None = None, ce_weight: float = 1.0, kd_weight: float = 1.0,
-                 temperature: float = 1.0, feature_weight: float = 0.3, patch: int = 1, ratio: float | str = "dynamic",
+                 temperature: float = 1.0, feature_weight: float = 0.3, ratio: float | str = "dynamic",
                  min_ratio: float = 0.15, fallback_ratio: float = 0.9, min_tokens: int = 2,
                  ratio_start: float = 0.9, ratio_end: float = 0.15, schedule_epochs: int | None = None,
                  teacher_tokens: bool = True, label_smoothing: float = 0.0, image_size: int = 32):
@@ -344,7 +344,7 @@ class DPK(nn.Module):
             self.plan.append((stage["student"], stage["teacher"], stage["weight"]))
             self.stages.append(DPKStage(
                 shapes["student"][stage["student"]][0], shapes["teacher"][stage["teacher"]][0],
-                encoder=stage["encoder"], decoder=stage["decoder"], patch=patch,
+                encoder=stage["encoder"], decoder=stage["decoder"], patch=stage["patch"],
                 ratio=None if isinstance(ratio, str) else ratio, min_ratio=min_ratio, fallback_ratio=fallback_ratio,
                 min_tokens=min_tokens, teacher_tokens=teacher_tokens))
         self.set_epoch(0)

@@ -361,7 +361,7 @@ def refused(capsys, *arguments):
     ("distiller.stages=[]", ["stages", "empty"]),
     ("distiller.stages=[{student: 1.5}]", ["student: 1.5"]),
     ("distiller.stages=[{weight: -1}]", ["weight: -1"]),
-    ("distiller.patch=0", ["patch"]),
+    ("distiller.stages=[{patch: 0}]", ["patch"]),
     ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, ickd, dpk"]),
     ("data.name=imagenet", ["data.name", "cifar100"]),
     ("data=cifar100", ["data", "section"]),

@@ -6,10 +6,11 @@ The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds
 YAML file with overrides of its own; `published` figures of runs, and `teachers`, for the figure of utils/report.py.
 The first seed of all runs of a section comes before the second. Overrides on the command line (data.root=…, device=…)
 are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call goes on with
-an unfinished one where it was left.
+an unfinished one where it was left. Several processes may share a list, each call passing over the runs of the others.
 """
 
 import argparse
+import fcntl
 import shlex
 import subprocess
 import sys
@@ -53,6 +54,17 @@ def finished(folder):
     return len(lines) > 1 and config.exists() and lines[-1]["epoch"] == yaml.safe_load(config.read_text())["epochs"]
 
 
+def lock(path):
+    """The file `path`, open and locked as long as this process lives, or None where another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return file.close()
+    return file
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the YAML file")
@@ -65,6 +77,9 @@ def main(argv=None):
     for name, section in load_list(args.list).items():
         for run, _, _, arguments in runs_of(name, section) if args.only in (None, name) else ():
             if finished(results / run):
+                continue
+            mine = lock(Path(__file__).parents[1] / args.runs / f"{run}.lock")
+            if mine is None or finished(results / run):
                 continue
             left = deadline - time.monotonic()
             if left < 30:
@@ -81,7 +96,7 @@ def main(argv=None):
                 return 0  # stopped in time, or by a signal
             for file in "log.jsonl", "config.yaml":
                 checkpoint.write(results / run / file, (folder / file).read_bytes())
-    print("all runs of the list are finished")
+    print("all runs of the list are finished, or another process is at them")
     return 0
 
 

@@ -365,6 +365,9 @@ def test_losses_are_weighted_and_each_stage_has_its_own_cka():
 def test_ablations_are_arguments():
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
     assert len(build(stages=[{"student": 3, "teacher": 3, **SMALL}]).stages) == 1
+    patched = build(stages=[{"student": 2, "teacher": 2, "patch": 2, **SMALL}, {**SMALL}])
+    assert [stage.patch for stage in patched.stages] == [2, 1]
+    assert patched(images, targets)[1]["dpk_2"].isfinite()
     distiller = build(ratio=0.5)
     distiller(images, targets)
     assert distiller.metrics["ratio_2"] == distiller.metrics["ratio_3"] == 0.5

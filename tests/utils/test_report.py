@@ -55,6 +55,15 @@ def test_a_run_that_fails_is_not_passed_over(listed, tmp_path, capfd):
     assert "optimizer.lr" in capfd.readouterr().err
 
 
+def test_a_run_that_another_process_is_at_is_passed_over(listed, tmp_path, capfd):
+    held = run_list.lock(tmp_path / "runs/small_first_s0.lock")
+    assert run_list.lock(tmp_path / "runs/small_first_s0.lock") is None
+    assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}", "epochs=1"]) == 0
+    held.close()
+    out = capfd.readouterr().out
+    assert "name=small_first_s0" not in out and "name=small_second_s1" in out
+
+
 def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
     write_run(listed.parent, "small_second_s0", [10.0, 71.0, 70.0])
     write_run(listed.parent, "small_second_s1", [10.0, 69.0, 68.0])
