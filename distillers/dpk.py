@@ -294,8 +294,8 @@ def check_stage(stage):
 class DPK(nn.Module):
     """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage (defaults: CIFAR-100).
 
-    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `patch`, side of a token;
-    `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
+    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `patch`, the side of a
+    token; `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
