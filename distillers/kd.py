@@ -15,16 +15,26 @@ def kd_loss(student_logits, teacher_logits, temperature):
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def standardize(logits):
+    """Each row with mean 0 and standard deviation 1: (B, K) -> (B, K), in float32.
+
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
+    """
+    logits = logits.float()
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
 class KD(nn.Module):
     """ce_weight · CE + kd_weight · KL; the defaults are the protocol of RepDistiller and mdistiller.
 
+    logit_standardization: standardize both logits of KL first; its authors' weights are then 0.1 and 9, and T = 2.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "kd": scalar}), weighted.
     label_smoothing: of CE alone.
     Raises ValueError for a temperature that is not positive, a negative weight, a label_smoothing outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 0.1, kd_weight: float = 0.9, temperature: float = 4.0,
-                 label_smoothing: float = 0.0):
+                 logit_standardization: bool = False, label_smoothing: float = 0.0):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
@@ -36,6 +46,7 @@ class KD(nn.Module):
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
+        self.logit_standardization = logit_standardization
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
@@ -45,7 +56,10 @@ class KD(nn.Module):
         with torch.no_grad():
             teacher_logits = self.teacher(images)
         logits = self.student(images)
+        pair = logits, teacher_logits
+        if self.logit_standardization:
+            pair = [standardize(z) for z in pair]
         return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
-            "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
+            "kd": self.kd_weight * kd_loss(*pair, self.temperature),
         }

@@ -125,7 +125,8 @@ def main():
             torch.manual_seed(0)
             batch, labels = loader.batch(0, 1)
             with autocast():
-                logits, losses = distiller(batch, labels)
+                index = (loader.indices,) if getattr(distiller, "needs_index", False) else ()
+                logits, losses = distiller(batch, labels, *index)
             scaler.scale(sum(losses.values())).backward()
             for optimizer in optimizers.values():
                 scaler.step(optimizer)

@@ -26,7 +26,9 @@ DISTILLERS = {
     "fitnet": {"name": "fitnet", "student_stage": 1, "teacher_stage": 1},
     "ickd": {"name": "ickd"},
     "dpk": {"name": "dpk", "stages": [{"student": 2, "teacher": 2, **SMALL}]},
-}
+    "crd": {"name": "crd", "negatives": 64},
+} | {name: {"name": name} for name in ("at", "sp", "pkt", "rkd", "vid", "cc", "nst", "ofd", "reviewkd", "dkd", "dist",
+                                       "mlkd")}
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +100,11 @@ def test_a_run_leaves_plain_results(config, tmp_path, method, capsys):
     header, *epochs = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
     assert {"run", "torch", "torchvision", "numpy", "python", "git", "hardware", "command", "processes"} <= set(header)
     assert [entry["epoch"] for entry in epochs] == [1, 2]
-    losses = {"ce": ["ce"], "kd": ["ce", "kd"], "fitnet": ["ce", "hint"], "ickd": ["ce", "icc", "kd"],
-              "dpk": ["ce", "kd", "dpk_2", "cka_2", "ratio_2"]}[method]
+    losses = {"kd": ["kd"], "fitnet": ["hint"], "ickd": ["icc", "kd"], "rkd": ["distance", "angle"],
+              "dkd": ["tckd", "nckd"], "dist": ["inter", "intra"], "mlkd": ["kd", "batch", "class"],
+              "reviewkd": ["review"], "dpk": ["kd", "dpk_2", "cka_2", "ratio_2"]}.get(method, [method])
     for entry in epochs:
-        assert {"top1", "top5", "lr", "images_per_s", "seconds", "train_top1", *losses} <= set(entry)
+        assert {"top1", "top5", "lr", "images_per_s", "seconds", "train_top1", "ce", *losses} <= set(entry)
         assert 0 <= entry["top1"] <= entry["top5"] <= 100
     assert ("lr_connectors" in epochs[0]) == (method == "dpk")
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.05
@@ -110,7 +113,8 @@ def test_a_run_leaves_plain_results(config, tmp_path, method, capsys):
     MODELS["plaincnn2"]().load_state_dict(student["model"])
     state = checkpoint.load(folder / "latest.pth", "test")
     assert not any("teacher." in key for key in state["distiller"])  # DPK's teacher_encoder is no teacher
-    connectors = {"fitnet": "regressor", "ickd": "projector", "dpk": "stages"}.get(method, "student")
+    connectors = {"fitnet": "regressor", "ickd": "projector", "dpk": "stages", "vid": "stages", "ofd": "connectors",
+                  "cc": "teacher_embed", "crd": "memory.student_bank", "reviewkd": "fusions"}.get(method, "student")
     assert any(key.startswith(connectors) for key in state["distiller"])
     capsys.readouterr()
     assert train_cifar.main(["--cfg", config(method)]) == 0  # the same command again
@@ -349,7 +353,7 @@ def refused(capsys, *arguments):
     ("precision=fp8", ["precision", "bf16, fp16, fp32"]),
     ("student.name=resnet21", ["student.name", "resnet20"]),
     ("teacher.name=resnet21", ["teacher.name", "resnet20"]),
-    ("distiller.name=dkd", ["distiller.name", "ce, kd, fitnet, ickd, dpk"]),
+    ("distiller.name=kdd", ["distiller.name", "ce, kd, fitnet, at,"]),
     ("distiller.temprature=4", ["distiller.temprature", "nearest: temperature"]),
     ("distiller.temperature=0", ["distiller", "temperature"]),
     ("distiller.kd_weight=-1", ["distiller", "negative"]),
@@ -362,7 +366,7 @@ def refused(capsys, *arguments):
     ("distiller.stages=[{student: 1.5}]", ["student: 1.5"]),
     ("distiller.stages=[{weight: -1}]", ["weight: -1"]),
     ("distiller.stages=[{patch: 0}]", ["patch"]),
-    ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, ickd, dpk"]),
+    ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, at,"]),
     ("data.name=imagenet", ["data.name", "cifar100"]),
     ("data=cifar100", ["data", "section"]),
     ("nonsense", ["nonsense", "key.sub=value"]),

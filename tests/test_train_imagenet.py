@@ -28,6 +28,7 @@ DISTILLERS = {
     "fitnet": {"name": "fitnet", "student_stage": 3, "teacher_stage": 3, "hint_weight": 1.0},
     "ickd": {"name": "ickd"},
     "dpk": {"name": "dpk", "stages": [{"student": 3, "teacher": 3, **SMALL}, {"student": 4, "teacher": 4, **SMALL}]},
+    "crd": {"name": "crd", "negatives": 64},
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_HOME": "/nonexistent"}
 
@@ -135,7 +136,7 @@ def test_a_run_leaves_plain_results(config, tmp_path, method, capsys):
     assert "16 images a step = 1 process × 1 × 16; 6 steps an epoch, 2 epochs" in capsys.readouterr().out
     folder = tmp_path / "runs/run"
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
-    losses = {"ce": [], "kd": ["kd"], "fitnet": ["hint"], "ickd": ["icc", "kd"],
+    losses = {"ce": [], "kd": ["kd"], "fitnet": ["hint"], "ickd": ["icc", "kd"], "crd": ["crd"],
               "dpk": ["kd", "dpk_3", "dpk_4", "cka_3", "ratio_4"]}[method]
     for entry in entries:
         assert {"top1", "top5", "lr", "images_per_s", "seconds", "ce", *losses} <= set(entry)

@@ -201,6 +201,7 @@ class Loader:
     process (CKA needs 4) it is left out.
     train=False: images rank, rank + world, ... as they are, at most batch_size at a time. Over all processes every
     image comes exactly once, so a process may have fewer steps than another, or none.
+    indices: int64 (B,) of the last batch in the split, on the device. num_samples: images of the split.
     Raises InputError when batch_size is not a positive multiple of world, or training has no batch at all.
     """
 
@@ -212,6 +213,7 @@ class Loader:
         # On the device now: copying them there in every step would make the host wait for the device.
         self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))
         self.batch_size, self.train, self.padding, self.seed = batch_size, train, padding, seed
+        self.num_samples, self.indices = len(self.labels), None
         self.rank, self.world, self.channels_last, self.device, self.drawn = rank, world, channels_last, device, None
         self.order = torch.arange(rank, len(self.labels), world, device=device)  # train: replaced in each epoch
         if train:
@@ -240,6 +242,7 @@ class Loader:
         indices = self.order[step * self.batch_size : (step + 1) * self.batch_size]
         if self.train:
             indices = indices[: len(indices) // self.world * self.world][self.rank :: self.world]
+        self.indices = indices
         images, labels = self.images.index_select(0, indices), self.labels[indices]  # 4x images[indices] on a CPU
         if self.train:
             images = random_crop_flip(images, self.padding)

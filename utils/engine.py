@@ -49,12 +49,16 @@ def build_autocast(precision, device):
     return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
 
 
-def build_distiller(cfg, student, teacher):
-    """The distiller of the settings around two networks; what its constructor refuses is bad input."""
+def build_distiller(cfg, student, teacher, **known):
+    """The distiller of the settings around two networks; what its constructor refuses is bad input.
+
+    known: what the data say, as num_samples=50000, for a distiller that has such an argument.
+    """
     arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
     distiller = DISTILLERS[cfg.distiller["name"]]
-    if "image_size" in inspect.signature(distiller).parameters:
-        arguments.setdefault("image_size", cfg.data.size)
+    for key, value in ({"image_size": cfg.data.size} | known).items():
+        if key in inspect.signature(distiller).parameters:
+            arguments.setdefault(key, value)
     try:
         return distiller(student, teacher, **arguments)
     except ValueError as error:
@@ -68,7 +72,8 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
                           autocast=build_autocast(cfg.precision, device))
     torch.manual_seed((cfg.seed + 1) % 2**63)  # the connectors', whatever was drawn to train or load a teacher
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    run.distiller = build_distiller(cfg, student, teacher).to(device, memory_format=memory_format)
+    run.distiller = build_distiller(cfg, student, teacher, num_samples=train_loader.num_samples)
+    run.distiller.to(device, memory_format=memory_format)
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     for model in (student, teacher) if cfg.compile else ():
@@ -101,8 +106,9 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
             # DDP averages the gradients of all processes with the last batch of a step, once.
             alone = run.model is not run.distiller and part + 1 < run.accumulate
             with run.model.no_sync() if alone else contextlib.nullcontext():
+                index = (loader.indices,) if getattr(run.distiller, "needs_index", False) else ()
                 with run.autocast():
-                    logits, losses = run.model(images, targets)
+                    logits, losses = run.model(images, targets, *index)
                 run.scaler.scale(sum(losses.values()) / run.accumulate).backward()
             table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
         for optimizer in run.optimizers.values():

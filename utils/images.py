@@ -87,13 +87,13 @@ def random_resized_crop(image, size):
 
 
 class Images(torch.utils.data.Dataset):
-    """Images of a split as uint8 (size, size, 3), with labels; item (epoch, index) -> (image, label, problems).
+    """Images of a split as uint8 (size, size, 3), with labels; item (epoch, index) -> (image, label, index, problems).
 
     train: random crop and flip, then `randaugment` (two operations of that magnitude, 0 to 30), `color_jitter` (of
     brightness, contrast and saturation) and `random_erasing` (probability; with the mean colour), where not 0.
     Otherwise the shorter side is resized to size · 256 / 224 and the centre cut out.
-    An unreadable file is in `problems`, [(path, reason)]. In training another image stands in for it; in validation
-    the image is None.
+    An unreadable file is in `problems`, [(path, reason)]. In training another image stands in for it, whose index comes
+    with it; in validation the image is None.
     """
 
     def __init__(self, source, size, *, train, seed=0, randaugment=0, color_jitter=0.0, random_erasing=0.0):
@@ -133,20 +133,22 @@ class Images(torch.utils.data.Dataset):
             seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
             torch.default_generator.manual_seed(int(seed))  # torch.manual_seed visits every device: 0.2 ms an image
             try:
-                return *self.read(i), problems
+                return *self.read(i), i, problems
             except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
                 problems.append((self.source.name(i), one_line(error)))
             finally:
                 torch.set_rng_state(before)
-        return None, 0, problems
+        return None, 0, 0, problems
 
 
 def collate(items):
-    """[(image, label, problems)] -> images uint8 (B, S, S, 3), labels int64 (B,), problems; without the unreadable."""
-    images = [image for image, _, _ in items if image is not None]
-    labels = [label for image, label, _ in items if image is not None]
-    problems = [problem for _, _, some in items for problem in some]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), problems
+    """[(image, label, index, problems)] -> images uint8 (B, S, S, 3), labels int64 (B,), indices int64 (B,), problems;
+    without the unreadable."""
+    images = [image for image, _, _, _ in items if image is not None]
+    numbers = [(label, index) for image, label, index, _ in items if image is not None]
+    labels, indices = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(1)
+    problems = [problem for _, _, _, some in items for problem in some]
+    return torch.stack(images) if images else torch.empty(0), labels, indices, problems
 
 
 def outlive_signals(_):
@@ -183,6 +185,7 @@ class ImageLoader:
     batch_size: images a step, over all `world` processes and `accumulate` batches. train=False: images rank, rank +
     world, …, batch_size of them at a time; over all processes every image exactly once.
     len(): steps, in training of `accumulate` batches each. unreadable: how many files could not be read this epoch.
+    indices: int64 (B,) of the last batch among the images, on the device. num_samples: how many images there are.
     Raises InputError when batch_size is not a multiple of world · accumulate, or training has no step at all; in
     training also where no image of a batch can be read.
     """
@@ -194,6 +197,7 @@ class ImageLoader:
             raise InputError("batch_size", f"{batch_size} is not a multiple of {world} processes x {accumulate}")
         self.images, self.rank, self.device, self.channels_last = images, rank, torch.device(device), channels_last
         self.accumulate, self.unreadable = accumulate, 0
+        self.num_samples, self.indices = len(images), None
         self.order = Order(len(images), batch_size // parts, train=train, seed=seed, rank=rank, world=world,
                            accumulate=accumulate)
         if train and len(images) < batch_size:
@@ -210,14 +214,15 @@ class ImageLoader:
     def epoch(self, epoch, first_step=0):
         """Yield images float32 (B, 3, S, S) and labels (B,) of an epoch's batches, from a step on."""
         self.order.epoch, self.order.first = epoch, first_step * self.accumulate
-        for images, labels, problems in self.loader:
+        for images, labels, indices, problems in self.loader:
             for path, reason in problems:
                 print(f"left out: {path}: {reason}", file=sys.stderr, flush=True)
             self.unreadable += len(problems)
             if not len(labels) and self.order.train:  # a hundred in a row: nearly all are
                 self.check(self.unreadable)
             if len(labels):
-                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+                images, labels, self.indices = (tensor.to(self.device, non_blocking=True)
+                                                for tensor in (images, labels, indices))
                 images = normalize(images, self.mean, self.std)
                 yield images if self.channels_last else images.contiguous(), labels
 

@@ -14,7 +14,8 @@ from models import MODELS
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"encoder": (8, 1, 2), "decoder": (8, 1, 2)}
-ARGUMENTS = {"dpk": {"stages": [{"student": -2, "teacher": -2, **SMALL}, SMALL]}}
+ARGUMENTS = {"dpk": {"stages": [{"student": -2, "teacher": -2, **SMALL}, SMALL]},
+             "crd": {"num_samples": 32, "negatives": 64}}
 
 
 def build(name, student="resnet8", teacher="resnet14"):
@@ -27,14 +28,19 @@ def batch(n=8):
     return torch.randn(n, 3, 32, 32, generator=generator), torch.arange(n)
 
 
+def call(distiller, images, targets):
+    index = (3 * torch.arange(len(images)),) if getattr(distiller, "needs_index", False) else ()
+    return distiller(images, targets, *index)
+
+
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_logits_and_weighted_scalars(name):
     distiller, (images, targets) = build(name), batch()
-    logits, losses = distiller(images, targets)
+    logits, losses = call(distiller, images, targets)
     assert logits.shape == (8, 100)
     assert all(loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     distiller.eval()
-    assert torch.allclose(distiller(images, targets)[0], distiller.student(images), atol=1e-6)
+    assert torch.allclose(call(distiller, images, targets)[0], distiller.student(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
@@ -48,7 +54,7 @@ def test_the_teacher_is_never_touched(name):
     for _ in range(2):
         distiller.train()
         assert not any(module.training for module in distiller.teacher.modules())
-        sum(distiller(*batch())[1].values()).backward()
+        sum(call(distiller, *batch())[1].values()).backward()
         optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())  # nor by training
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
@@ -65,7 +71,7 @@ def test_the_teacher_is_never_touched(name):
 def test_every_parameter_gets_a_gradient_and_every_leaf_is_a_parameter(name, dtype):
     distiller = build(name)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        total = sum(distiller(*batch())[1].values())
+        total = sum(call(distiller, *batch())[1].values())
     leaves, stack, seen = set(), [total.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -85,7 +91,7 @@ def test_every_parameter_gets_a_gradient_and_every_leaf_is_a_parameter(name, dty
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_batchnorm_statistics_move_once_a_step(name):
     distiller = build(name)
-    distiller(*batch())
+    call(distiller, *batch())
     assert all(value == 1 for key, value in distiller.state_dict().items() if key.endswith("num_batches_tracked"))
 
 
@@ -94,7 +100,7 @@ def test_connectors_are_trained_saved_and_restored(name):
     distiller = build(name)
     before = copy.deepcopy(distiller.state_dict())
     optimizer = torch.optim.SGD(distiller.parameters(), 0.1)
-    sum(distiller(*batch())[1].values()).backward()
+    sum(call(distiller, *batch())[1].values()).backward()
     optimizer.step()
     trained = distiller.state_dict()
     weights = [key for key, value in distiller.named_parameters() if value.dim() > 1]
@@ -106,7 +112,7 @@ def test_connectors_are_trained_saved_and_restored(name):
     losses = []
     for module in distiller, other:
         torch.manual_seed(1)
-        losses.append({key: value.item() for key, value in module(*batch())[1].items()})
+        losses.append({key: value.item() for key, value in call(module, *batch())[1].items()})
     assert losses[0] == losses[1]
 
 
@@ -125,7 +131,7 @@ def test_any_pair_of_networks(student, teacher):
         except ValueError as error:  # FitNet has no regressor for this; the message has both shapes
             assert name == "fitnet" and str(error).count("(") == 2
             continue
-        total = sum(module(*batch(4))[1].values())
+        total = sum(call(module, *batch(4))[1].values())
         total.backward()
         assert total.isfinite() and all(p.grad is not None for p in module.parameters()), name
 
@@ -161,7 +167,8 @@ class Net(nn.Module):
 
 distiller = [value for value in vars(component).values() if isinstance(value, type)
              and value.__name__.lower() == {name!r}][0](Net(8), Net(12))
-logits, losses = distiller(torch.randn(4, 3, 32, 32), torch.arange(4))
+index = (torch.arange(4),) if getattr(distiller, "needs_index", False) else ()
+logits, losses = distiller(torch.randn(4, 3, 32, 32), torch.arange(4), *index)
 sum(losses.values()).backward()
 print(sorted(losses))
 '''

@@ -175,7 +175,7 @@ def test_the_constructor_of_a_distiller_is_the_schema_of_its_arguments(name):
         with fails("distiller.temperature", "unknown key", "nearest: label_smoothing"):
             check_arguments(schema, {"temperature": 1.0}, "distiller.")
         return
-    check_arguments(schema, {"ce_weight": 1, "kd_weight" if name != "fitnet" else "hint_weight": 0.5}, "distiller.")
+    check_arguments(schema, {"ce_weight": 1, "label_smoothing": 0.5}, "distiller.")
     with fails("distiller.ce_wieght", "unknown key", "nearest: ce_weight", "valid: ", "ce_weight, "):
         check_arguments(schema, {"ce_wieght": 1.0}, "distiller.")
     for value in True, "1.0", None, [1.0], float("nan"), float("inf"):
@@ -193,7 +193,7 @@ def test_arguments_of_several_types():
     check_arguments(schema, {"stages": [{"student": 1}], "schedule_epochs": 3, "teacher_tokens": False}, "distiller.")
     for arguments, word in (({"ratio": True}, "float | str"), ({"ratio": None}, "float | str"),
                             ({"stages": 3}, "list | None"), ({"schedule_epochs": 2.5}, "int | None"),
-                            ({"teacher_tokens": 1}, "bool"), ({"patch": 2.0}, "int")):
+                            ({"teacher_tokens": 1}, "bool"), ({"min_tokens": 2.0}, "int")):
         with fails(f"distiller.{next(iter(arguments))}", "is not valid", word):
             check_arguments(schema, arguments, "distiller.")
 

@@ -66,11 +66,11 @@ def test_validation_is_torchvisions_resize_and_centre_crop(root):
     expected = v2.Compose([v2.Resize(37), v2.CenterCrop(32), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
                            v2.Normalize(MEAN, STD)])
     for i in range(7):
-        image, label, problems = images[0, i]
+        image, label, index, problems = images[0, i]
         with Image.open(images.source.name(i)) as original:
             own = normalize(image[None], MEAN, STD)[0]
             torch.testing.assert_close(own, expected(original.convert("RGB")), rtol=1e-5, atol=1e-5)
-        assert problems == [] and label == (0 if image[16, 16, 1] > 100 else 1)
+        assert problems == [] and index == i and label == (0 if image[16, 16, 1] > 100 else 1)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"randaugment": 27, "color_jitter": 0.4, "random_erasing": 0.5}])

@@ -12,7 +12,7 @@ from utils.errors import InputError
 from utils.optim import ConnectorSettings, OptimizerSettings, build_optimizers, learning_rate, set_learning_rates
 
 STAGE = {"student": 3, "teacher": 3, "encoder": [8, 1, 2], "decoder": [8, 1, 2]}
-ARGUMENTS = {"ce": {}, "kd": {}, "fitnet": {}, "ickd": {}, "dpk": {"stages": [STAGE]}}
+ARGUMENTS = {"dpk": {"stages": [STAGE]}, "crd": {"num_samples": 8, "negatives": 16}}
 every_distiller = pytest.mark.parametrize("name", DISTILLERS)
 every_optimizer = pytest.mark.parametrize("optimizer", ["student", "adamw"])
 
@@ -20,11 +20,12 @@ every_optimizer = pytest.mark.parametrize("optimizer", ["student", "adamw"])
 def build(name):
     torch.manual_seed(0)
     teacher = None if name == "ce" else MODELS["resnet14"](num_classes=10)
-    return DISTILLERS[name](MODELS["resnet8"](num_classes=10), teacher, **ARGUMENTS[name])
+    return DISTILLERS[name](MODELS["resnet8"](num_classes=10), teacher, **ARGUMENTS.get(name, {}))
 
 
 def step(distiller, optimizers):
-    logits, losses = distiller(torch.randn(4, 3, 32, 32), torch.arange(4))
+    index = (torch.arange(4),) if getattr(distiller, "needs_index", False) else ()
+    logits, losses = distiller(torch.randn(4, 3, 32, 32), torch.arange(4), *index)
     sum(losses.values()).backward()
     for optimizer in optimizers.values():
         optimizer.step()
@@ -117,7 +118,7 @@ def test_every_parameter_is_in_exactly_one_group(name, optimizer):
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 
     own = len(list(distiller.parameters())) > len(list(distiller.student.parameters()))
-    assert own == (name in ("fitnet", "ickd", "dpk"))
+    assert own == (name in ("fitnet", "ickd", "dpk", "vid", "cc", "ofd", "crd", "reviewkd"))
     assert [group["weight_decay"] for group in groups] == [0.01, 0.02][:1 + own]
     assert list(optimizers) == ["student", "connectors"][:1 + (own and optimizer == "adamw")]
     for group in optimizers["student"].param_groups:

@@ -1,0 +1,59 @@
+"""AT: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, activation-based."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def attention_map(feature_map):
+    """Where the network looks, the sum of squares over the channels (section 3.1), each row of length 1, in float32.
+
+    (B, C, H, W) -> (B, H·W).
+    """
+    return F.normalize(feature_map.float().square().mean(1).flatten(1))
+
+
+def at_loss(student_map, teacher_map):
+    """Mean squared difference of two attention maps: (B, C, H, W) and (B, C', H', W') -> scalar.
+
+    The larger map is first pooled to the size of the smaller. The paper's eq. 2 has the norm of the difference; its
+    square, as a mean over the batch and the positions, is what the weight of 1000 and the published figures belong to.
+    """
+    size = min(student_map.shape[2:], teacher_map.shape[2:])
+    student_map, teacher_map = (F.adaptive_avg_pool2d(m.float(), size) for m in (student_map, teacher_map))
+    return (attention_map(student_map) - attention_map(teacher_map)).square().mean()
+
+
+class AT(nn.Module):
+    """ce_weight · CE + at_weight · Σ AT over the stages, all maps but the stem's; first with first, and so on.
+
+    label_smoothing: of CE.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "at": scalar}), weighted.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, at_weight: float = 1000.0,
+                 label_smoothing: float = 0.0):
+        super().__init__()
+        if min(ce_weight, at_weight) < 0:
+            raise ValueError(f"ce_weight, at_weight: {ce_weight}, {at_weight}: one is negative")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.at_weight = ce_weight, at_weight
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        stages = zip(features["maps"][1:], teacher_features["maps"][1:])
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "at": self.at_weight * sum(at_loss(*pair) for pair in stages),
+        }

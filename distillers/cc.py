@@ -1,0 +1,70 @@
+"""CC: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, as RepDistiller compares it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def cc_loss(student, teacher):
+    """Σ |s_i − t_i| · |s_(i+1) − t_(i+1)|, mean over neighbours in the batch: (B, D) and (B, D) -> scalar, in float32.
+
+    The paper compares B × B matrices of a Gaussian kernel. The figures that the field quotes were obtained with this
+    form instead, RepDistiller's, to which the weight and the learned embedding of the teacher belong as well.
+    Raises ValueError where the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"two shapes: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}")
+    delta = (student.float() - teacher.float()).abs()
+    return (delta[:-1] * delta[1:]).sum(1).mean()
+
+
+@torch.no_grad()
+def pooled_width(model, image_size):
+    """C of the network's pooled feature (B, C), from a blank image in eval mode: BatchNorm statistics stay."""
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    width = model(image, return_features=True)[1]["pooled"].shape[1]
+    for module, mode in modes.items():
+        module.training = mode
+    return width
+
+
+class CC(nn.Module):
+    """ce_weight · CE + cc_weight · CC on the pooled features, each through a learned linear layer to `dim`.
+
+    label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "cc": scalar}), weighted.
+    Raises ValueError for a negative weight, a dim below 1, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, cc_weight: float = 0.02, dim: int = 128,
+                 label_smoothing: float = 0.0, image_size: int = 32):
+        super().__init__()
+        if min(ce_weight, cc_weight) < 0:
+            raise ValueError(f"ce_weight, cc_weight: {ce_weight}, {cc_weight}: one is negative")
+        if dim < 1:
+            raise ValueError(f"dim: {dim} is below 1")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.cc_weight = ce_weight, cc_weight
+        self.student_embed = nn.Linear(pooled_width(student, image_size), dim)
+        self.teacher_embed = nn.Linear(pooled_width(teacher, image_size), dim)
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        embedded = self.student_embed(features["pooled"]), self.teacher_embed(teacher_features["pooled"])
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "cc": self.cc_weight * cc_loss(*embedded),
+        }

@@ -1,0 +1,57 @@
+"""NST: Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def polynomial_kernel(x, y):
+    """Mean of (x_i · y_j)² over the channels i of x and j of y: (B, C, N), (B, C', N) -> (B,) (d = 2, c = 0)."""
+    return (x @ y.transpose(1, 2)).square().mean((1, 2))
+
+
+def nst_loss(student_map, teacher_map):
+    """Squared maximum mean discrepancy of the channels' positions: (B, C, H, W), (B, C', H', W') -> scalar.
+
+    In float32. Each channel has length 1; the larger map is first pooled to the size of the smaller.
+    """
+    size = min(student_map.shape[2:], teacher_map.shape[2:])
+    with torch.autocast(student_map.device.type, enabled=False):
+        s, t = (F.normalize(F.adaptive_avg_pool2d(m.float(), size).flatten(2), dim=2)
+                for m in (student_map, teacher_map))
+        return (polynomial_kernel(t, t) + polynomial_kernel(s, s) - 2 * polynomial_kernel(s, t)).mean()
+
+
+class NST(nn.Module):
+    """ce_weight · CE + nst_weight · Σ NST over the stages, all maps but the stem's; first with first, and so on.
+
+    label_smoothing: of CE.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "nst": scalar}), weighted.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, nst_weight: float = 50.0,
+                 label_smoothing: float = 0.0):
+        super().__init__()
+        if min(ce_weight, nst_weight) < 0:
+            raise ValueError(f"ce_weight, nst_weight: {ce_weight}, {nst_weight}: one is negative")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.nst_weight = ce_weight, nst_weight
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        stages = zip(features["maps"][1:], teacher_features["maps"][1:])
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "nst": self.nst_weight * sum(nst_loss(*pair) for pair in stages),
+        }

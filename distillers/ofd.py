@@ -1,0 +1,118 @@
+"""OFD: Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def margin(mean, std):
+    """E[x | x < 0] of each channel, x ~ N(mean, std²), the paper's margin: (C,), (C,) -> (C,), negative.
+
+    −3 std where hardly any of x is negative, as in the authors' code.
+    """
+    mean, std = mean.double(), std.double().abs().clamp(min=1e-12)
+    ratio = mean / std
+    below = 0.5 * torch.erfc(ratio / math.sqrt(2))  # P(x < 0)
+    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    return torch.where(below > 0.001, mean - std * density / below.clamp(min=1e-300), -3 * std).float()
+
+
+def partial_l2(student, teacher, margin):
+    """Distance before the ReLU (partial L2), sum over all positions, mean over the batch: (B, C, H, W) twice -> scalar.
+
+    The teacher's values are first raised to the margin (C,). Where the target is not positive, the student is
+    only asked to be below it. In float32.
+    """
+    student = student.float()
+    target = teacher.float().maximum(margin.view(1, -1, 1, 1))
+    wrong = (student > target) | (target > 0)
+    return ((student - target).square() * wrong).sum((1, 2, 3)).mean()
+
+
+@torch.no_grad()
+def read_preacts(model, image_size):
+    """The network's pre-activations without the stem's on a blank image, and for each the BatchNorm that makes it.
+
+    [((C, H, W), nn.BatchNorm2d or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
+    the pre-activation itself (a residual sum), it is the last of that shape on the main path so far. A network without
+    `preacts` gives its `maps`.
+    """
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    outputs = []
+    handles = [module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+               for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+               and not any(part in name for part in ("downsample", "shortcut", "convShortcut"))]
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    features = model(image, return_features=True)[1]
+    preacts = features.get("preacts") or features["maps"]
+    for handle in handles:
+        handle.remove()
+    for module, mode in modes.items():
+        module.training = mode
+    found, after = [], 0
+    for i, preact in enumerate(preacts):
+        same = [k for k, (_, output) in enumerate(outputs) if output is preact]
+        of_shape = [k for k, (_, output) in enumerate(outputs) if k >= after and output.shape == preact.shape]
+        if not same and i + 1 < len(preacts) and preacts[i + 1].shape == preact.shape:
+            of_shape = of_shape[: len(of_shape) // 2]  # the next stage has this shape as well
+        at = (same or of_shape or [None])[-1]
+        after = at + 1 if at is not None else after
+        found.append((tuple(preact.shape[1:]), None if at is None else outputs[at][0]))
+    return found[1:]
+
+
+class OFD(nn.Module):
+    """ce_weight · CE + ofd_weight · Σ partial L2 / 2^(n − i) over the stages i = 1 … n, the last ones with each other.
+
+    The student's pre-activations go through a 1×1 convolution and BatchNorm each, the teacher's are pooled to their
+    size. The margins are read off the teacher's BatchNorms, 0 where there is none. The teacher stays in eval mode;
+    the authors' was in train mode.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the shapes are read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, ofd_weight: float = 0.001,
+                 label_smoothing: float = 0.0, image_size: int = 32):
+        super().__init__()
+        if min(ce_weight, ofd_weight) < 0:
+            raise ValueError(f"ce_weight, ofd_weight: {ce_weight}, {ofd_weight}: one is negative")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.ofd_weight = ce_weight, ofd_weight
+        students, teachers = read_preacts(student, image_size), read_preacts(teacher, image_size)
+        self.depth = min(len(students), len(teachers))
+        self.connectors = nn.ModuleList()
+        for i, ((s, _), (t, bn)) in enumerate(zip(students[-self.depth:], teachers[-self.depth:])):
+            conv = nn.Conv2d(s[0], t[0], 1, bias=False)
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / t[0]))
+            self.connectors.append(nn.Sequential(conv, nn.BatchNorm2d(t[0])))
+            # weight and bias of a BatchNorm are the deviation and the mean of what it puts out
+            value = torch.zeros(t[0]) if bn is None else margin(bn.bias.detach(), bn.weight.detach())
+            self.register_buffer(f"margin{i}", value)
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        pairs = zip(*((f.get("preacts") or f["maps"])[-self.depth:] for f in (features, teacher_features)))
+        total = 0
+        for i, (s, t) in enumerate(pairs):
+            t = F.adaptive_avg_pool2d(t, s.shape[2:])
+            loss = partial_l2(self.connectors[i](s), t, getattr(self, f"margin{i}"))
+            total = total + loss / 2 ** (self.depth - 1 - i)
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "ofd": self.ofd_weight * total,
+        }

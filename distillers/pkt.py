@@ -1,0 +1,60 @@
+"""PKT: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def neighbours(feature, eps=1e-7):
+    """The probability that image j is a neighbour of image i, with the cosine kernel: (B, C) -> (B, B), in float32.
+
+    The kernel is (cosine + 1) / 2, each row then divided by its sum. j = i takes part, as in the authors' code.
+    """
+    with torch.autocast(feature.device.type, enabled=False):
+        x = feature.float()
+        x = x / (x.norm(dim=1, keepdim=True) + eps)
+        kernel = (x @ x.T + 1) / 2
+        return kernel / kernel.sum(1, keepdim=True)
+
+
+def pkt_loss(student, teacher, eps=1e-7):
+    """KL(teacher's ‖ student's neighbours), (B, C) and (B, C') -> scalar.
+
+    A mean over all B² pairs, where the paper has their sum: the weight of 30,000 belongs to the mean.
+    """
+    p, q = neighbours(teacher), neighbours(student)
+    return (p * ((p + eps) / (q + eps)).log()).mean()
+
+
+class PKT(nn.Module):
+    """ce_weight · CE + pkt_weight · PKT on the pooled features.
+
+    label_smoothing: of CE.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "pkt": scalar}), weighted.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, pkt_weight: float = 30000.0,
+                 label_smoothing: float = 0.0):
+        super().__init__()
+        if min(ce_weight, pkt_weight) < 0:
+            raise ValueError(f"ce_weight, pkt_weight: {ce_weight}, {pkt_weight}: one is negative")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.pkt_weight = ce_weight, pkt_weight
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "pkt": self.pkt_weight * pkt_loss(features["pooled"], teacher_features["pooled"]),
+        }

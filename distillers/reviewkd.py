@@ -1,0 +1,126 @@
+"""ReviewKD: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def hcl_loss(student_map, teacher_map):
+    """Hierarchical context loss: (B, C, H, W) twice -> scalar, in float32.
+
+    MSE of the maps, and of these pooled to 4×4, 2×2 and 1×1 where that is smaller, with weights 1, ½, ¼, ⅛, divided by
+    the sum of the weights. Raises ValueError where the shapes differ.
+    """
+    if student_map.shape != teacher_map.shape:  # mse_loss would broadcast
+        raise ValueError(f"two shapes: student {tuple(student_map.shape)}, teacher {tuple(teacher_map.shape)}")
+    s, t = student_map.float(), teacher_map.float()
+    loss, weight, total = F.mse_loss(s, t), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < s.shape[2]:
+            weight /= 2
+            loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(s, side), F.adaptive_avg_pool2d(t, side))
+            total += weight
+    return loss / total
+
+
+class ABF(nn.Module):
+    """Attention based fusion: one stage of the student with what comes from the deeper ones.
+
+    (x (B, C_in, H, W), deeper (B, mid, h, w) or None, size) -> (map (B, C_out, *size), what goes on (B, mid, *size)).
+    """
+
+    def __init__(self, in_channels, mid_channels, out_channels, fuse):
+        super().__init__()
+        self.reduce = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
+        self.expand = nn.Sequential(nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
+                                    nn.BatchNorm2d(out_channels))
+        self.attention = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
+        for conv in self.reduce[0], self.expand[0]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+
+    def forward(self, x, deeper, size):
+        x = self.reduce(x)
+        if self.attention is not None:
+            deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
+            mine, theirs = self.attention(torch.cat([x, deeper], 1)).split(1, dim=1)  # (B, 1, H, W) each
+            x = x * mine + deeper * theirs
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="nearest")
+        return self.expand(x), x
+
+
+def students_levels(features):
+    """What the student gives: its maps but the stem's, and the pooled feature as a 1×1 map, the shallow ones first."""
+    return [*features["maps"][1:], features["pooled"][:, :, None, None]]
+
+
+def teachers_levels(features):
+    """The same of the teacher, before the ReLU where the network has `preacts`."""
+    return [*(features.get("preacts") or features["maps"])[1:], features["pooled"][:, :, None, None]]
+
+
+@torch.no_grad()
+def level_channels(model, levels, image_size):
+    """[C, …] of levels(features), from a blank image in eval mode: BatchNorm statistics stay as they are."""
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    channels = [level.shape[1] for level in levels(model(image, return_features=True)[1])]
+    for module, mode in modes.items():
+        module.training = mode
+    return channels
+
+
+class ReviewKD(nn.Module):
+    """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other.
+
+    warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up).
+    label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
+                 warmup_epochs: int = 20, label_smoothing: float = 0.0, image_size: int = 32):
+        super().__init__()
+        if min(ce_weight, review_weight, warmup_epochs) < 0:
+            raise ValueError(f"ce_weight, review_weight, warmup_epochs: {ce_weight}, {review_weight}, {warmup_epochs}: "
+                             "one is negative")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.review_weight = ce_weight, review_weight
+        self.warmup_epochs, self.warmup = warmup_epochs, 1.0
+        students = level_channels(student, students_levels, image_size)
+        teachers = level_channels(teacher, teachers_levels, image_size)
+        self.depth = min(len(students), len(teachers))
+        students, teachers = students[-self.depth:], teachers[-self.depth:]
+        mid = min(512, students[-1])
+        self.fusions = nn.ModuleList(ABF(s, mid, t, fuse=i + 1 < self.depth)
+                                     for i, (s, t) in enumerate(zip(students, teachers)))
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def set_epoch(self, epoch):
+        """For the warm-up: call before each epoch, from 0."""
+        self.warmup = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        levels = zip(self.fusions, students_levels(features)[-self.depth:],
+                     teachers_levels(teacher_features)[-self.depth:])
+        review, deeper = 0, None
+        for fusion, student_map, teacher_map in reversed(list(levels)):  # the deepest first
+            reviewed, deeper = fusion(student_map, deeper, teacher_map.shape[2:])
+            review = review + hcl_loss(reviewed, teacher_map)
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "review": self.warmup * self.review_weight * review,
+        }

@@ -1,0 +1,86 @@
+"""VID: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def map_shapes(model, image_size):
+    """[(C, H, W), …] of the network's maps, from a blank image in eval mode: BatchNorm statistics stay as they are."""
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    maps = model(image, return_features=True)[1]["maps"]
+    for module, mode in modes.items():
+        module.training = mode
+    return [tuple(m.shape[1:]) for m in maps]
+
+
+class VIDStage(nn.Module):
+    """−log q(teacher's map | student's map), q a Gaussian of learned mean and one learned variance a channel.
+
+    (student_map (B, C_s, H, W), teacher_map (B, C_t, H', W')) -> scalar, mean over all values, without the constant.
+    The larger map is first pooled to the size of the smaller. The mean is three 1×1 convolutions with ReLU between.
+    """
+
+    def __init__(self, student_channels, teacher_channels, init_variance=5.0, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.mean = nn.Sequential(
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False), nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
+        )
+        # variance = softplus(α) + eps, which is init_variance for this α
+        self.alpha = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(init_variance - eps))))
+
+    def forward(self, student_map, teacher_map):
+        size = min(student_map.shape[2:], teacher_map.shape[2:])
+        student_map, teacher_map = (F.adaptive_avg_pool2d(m, size) for m in (student_map, teacher_map))
+        variance = (F.softplus(self.alpha) + self.eps).view(1, -1, 1, 1)
+        error = (self.mean(student_map).float() - teacher_map.float()).square()
+        return 0.5 * (error / variance + variance.log()).mean()
+
+
+class VID(nn.Module):
+    """ce_weight · CE + vid_weight · Σ VID over the stages, all maps but the stem's; first with first, and so on.
+
+    init_variance: of q, at the start. label_smoothing: of CE. image_size: side in pixels of the image on which the
+    channels of the maps are read.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "vid": scalar}), weighted.
+    Raises ValueError for a negative weight, a variance that is not positive, a label_smoothing outside 0 to 1.
+    """
+
+    def __init__(self, student, teacher, *, ce_weight: float = 1.0, vid_weight: float = 1.0,
+                 init_variance: float = 5.0, label_smoothing: float = 0.0, image_size: int = 32):
+        super().__init__()
+        if min(ce_weight, vid_weight) < 0:
+            raise ValueError(f"ce_weight, vid_weight: {ce_weight}, {vid_weight}: one is negative")
+        if init_variance <= 1e-4:
+            raise ValueError(f"init_variance: {init_variance} is not above 0.0001")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
+        self.student, self.label_smoothing = student, label_smoothing
+        # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.ce_weight, self.vid_weight = ce_weight, vid_weight
+        shapes = zip(map_shapes(student, image_size)[1:], map_shapes(teacher, image_size)[1:])
+        self.stages = nn.ModuleList(VIDStage(s[0], t[0], init_variance) for s, t in shapes)
+
+    def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
+        self.teacher._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, images, targets):
+        with torch.no_grad():
+            _, teacher_features = self.teacher(images, return_features=True)
+        logits, features = self.student(images, return_features=True)
+        stages = zip(self.stages, features["maps"][1:], teacher_features["maps"][1:])
+        return logits, {
+            "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
+            "vid": self.vid_weight * sum(stage(*pair) for stage, *pair in stages),
+        }
