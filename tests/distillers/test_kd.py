@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distillers.kd import KD, kd_loss
+from distillers.kd import KD, kd_loss, standardize
 from models import MODELS
 
 
@@ -76,3 +76,16 @@ def test_defaults_are_the_protocol_of_the_field():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         KD(MODELS["plaincnn2"](), MODELS["plaincnn2"](), **arguments)
+
+
+def test_standardised_logits_do_not_depend_on_scale_or_shift():
+    student, teacher = logits()
+    z = standardize(student.half())
+    assert z.dtype == torch.float32 and torch.allclose(z.mean(1), torch.zeros(5), atol=1e-6)
+    assert torch.allclose(z.std(1), torch.ones(5), atol=1e-5)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    torch.manual_seed(0)
+    distiller = KD(MODELS["plaincnn2"](), MODELS["plaincnn4"](), logit_standardization=True, temperature=2.0).eval()
+    pair = [standardize(network(images)) for network in (distiller.student, distiller.teacher)]
+    expected = 0.9 * kl_in_float64(*(z.detach() for z in pair), 2.0)
+    assert distiller(images, targets)[1]["kd"].item() == pytest.approx(expected, rel=1e-4)

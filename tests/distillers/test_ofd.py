@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from distillers.ofd import OFD, margin, partial_l2, read_preacts
+from models import MODELS
+
+
+def test_the_margin_is_the_mean_of_what_is_negative():
+    mean, std = torch.tensor([0.0, 1.0, -2.0, 10.0]), torch.tensor([1.0, -2.0, 0.5, 1.0])
+    x = mean.double() + std.abs().double() * torch.randn(10**6, 4, generator=torch.Generator().manual_seed(0)).double()
+    for i in range(3):
+        assert margin(mean, std)[i].item() == pytest.approx(x[:, i][x[:, i] < 0].mean().item(), abs=5e-3)
+    assert margin(mean, std)[3] == -3.0  # hardly ever negative
+    assert margin(torch.zeros(2), torch.zeros(2)).isfinite().all()
+
+
+def test_partial_l2_value_by_value():
+    m = torch.tensor([-1.0])
+    cases = {(2.0, 1.0): 1.0, (0.0, 1.0): 1.0,  # a positive target: the square
+             (-0.2, -0.5): 0.3**2, (-0.8, -0.5): 0.0,  # above the margin: only what is too large
+             (0.5, -3.0): 1.5**2, (-2.0, -3.0): 0.0}  # below the margin: as if it were the margin
+    for (s, t), expected in cases.items():
+        s, t = (torch.full((2, 1, 3, 3), value) for value in (s, t))
+        # a sum over the positions, a mean over the images
+        assert partial_l2(s, t, m).item() == pytest.approx(9 * expected, abs=1e-6)
+    assert partial_l2(s.half() * 3e4, t.half() * 3e4, m).isfinite()
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("resnet14", ["layer1.1.bn2", "layer2.1.bn2", "layer3.1.bn2"]),
+    ("resnet32x4", ["layer1.4.bn2", "layer2.4.bn2", "layer3.4.bn2"]),
+    ("resnet50", ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"]),
+    ("wrn_16_2", ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]),
+    ("vgg13", ["block1.4", "block2.4", "block3.4", "block4.4"]),
+    ("plaincnn6", ["stage1.2.bn", "stage2.2.bn"]),
+])
+def test_the_batchnorm_before_each_relu(name, expected):
+    model = MODELS[name]().train()
+    names = {module: key for key, module in model.named_modules()}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = read_preacts(model, 32)
+    assert [names[bn] for _, bn in found] == expected
+    assert all(shape[0] == bn.num_features for shape, bn in found)
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_of_the_stages():
+    torch.manual_seed(0)
+    distiller = OFD(MODELS["resnet8"](), MODELS["resnet14"](), ofd_weight=0.1).eval()
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    s, t = (network(images, return_features=True)[1]["preacts"] for network in (distiller.student, distiller.teacher))
+    bns = [getattr(distiller.teacher, f"layer{i}")[-1].bn2 for i in (1, 2, 3)]
+    expected = sum(partial_l2(distiller.connectors[i](s[i + 1]), t[i + 1], margin(bns[i].bias, bns[i].weight)) * weight
+                   for i, weight in enumerate((0.25, 0.5, 1.0)))
+    assert distiller(images, targets)[1]["ofd"].item() == pytest.approx(0.1 * expected.item(), rel=1e-5)
+    assert not distiller.train().teacher.training
+    with pytest.raises(ValueError, match="ofd_weight"):
+        OFD(MODELS["resnet8"](), MODELS["resnet14"](), ofd_weight=-1.0)

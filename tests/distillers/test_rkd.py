@@ -1,0 +1,51 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distillers.rkd import RKD, angles, distances
+from models import MODELS
+
+
+def reference(x):
+    """Distances over their mean, and cosines at i between j and k, a triplet at a time, in float64."""
+    x, n = x.double(), len(x)
+    d = torch.tensor([[(a - b).norm().item() for b in x] for a in x])
+    cosines = torch.zeros(n, n, n)
+    for i, j, k in itertools.product(range(n), repeat=3):
+        if i not in (j, k):
+            cosines[i, j, k] = F.cosine_similarity(x[j] - x[i], x[k] - x[i], dim=0)
+    return d / d[d > 0].mean(), cosines
+
+
+def test_against_the_definition():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    for own, expected in zip((distances(x), angles(x)), reference(x)):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    turned = 5 * x @ torch.linalg.qr(torch.randn(4, 4))[0] + 3  # a similarity transform changes neither
+    torch.testing.assert_close(distances(turned), distances(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(angles(turned), angles(x), rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_are_the_same_have_finite_gradients():
+    x = torch.zeros(4, 3, requires_grad=True)
+    (distances(x).sum() + angles(x).sum()).backward()
+    assert x.grad.isfinite().all()
+    assert distances(200 * torch.randn(4, 512).half()).isfinite().all()  # the squares overflow half precision
+
+
+def test_huber_on_the_pooled_features():
+    torch.manual_seed(0)
+    distiller = RKD(MODELS["resnet8"](), MODELS["resnet14"](), distance_weight=2.0, angle_weight=3.0).eval()
+    images, targets = torch.randn(5, 3, 32, 32), torch.arange(5)
+    losses = distiller(images, targets)[1]
+    s, t = (reference(network(images, return_features=True)[1]["pooled"].detach())
+            for network in (distiller.student, distiller.teacher))
+    for name, weight, a, b in ("distance", 2, s[0], t[0]), ("angle", 3, s[1], t[1]):
+        gap = (a - b).abs()
+        huber = torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean().item()
+        assert losses[name].item() == pytest.approx(weight * huber, rel=2e-2)
+    with pytest.raises(ValueError, match="angle_weight"):
+        RKD(MODELS["resnet8"](), MODELS["resnet14"](), angle_weight=-1.0)
