@@ -74,8 +74,8 @@ def curves(section, logs):
         for column in entries[0]:
             if column.startswith(("cka_", "ratio_")):
                 ratio[f"{key}: {column.replace('_', ', stage ')}"] = epochs, [entry[column] for entry in entries]
-        if "teachers" in section:  # the run's name is method_teacher
-            method, teacher = key.split("_", 1)
+        method, _, teacher = key.partition("_")
+        if teacher in section.get("teachers", ()):  # the run's name is method_teacher
             x, y = teachers.setdefault(method, ([], []))
             x.append(section["teachers"][teacher])
             y.append(statistics.mean(log[-1]["top1"] for log in logs[key]))
