@@ -1,0 +1,214 @@
+"""Which of these teachers for this student? DPK's third claim says: the best one. This says by how much, at what price.
+
+    python rank_teachers.py --student resnet20 checkpoints/resnet56.pth runs/*/student.pth [key.sub=value ...]
+
+For each file: top-1 on the test set, parameters, images a second of the forward pass, and CKA to the student stage by
+stage, the last with the last, of a student with fresh weights and of one after a probe: an epoch of DPK, whose top-1
+stands beside it. The most accurate teacher comes first; of those that the test set cannot tell apart, the fastest.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from distillers.dpk import DPK, cka_of_terms, hsic_terms
+from models import MODELS
+from train_cifar import Settings, build_loaders, build_network
+from utils import checkpoint, engine
+from utils.config import load_config
+from utils.data import load_data
+from utils.errors import InputError
+from utils.log import progress
+from utils.optim import ConnectorSettings, build_optimizers
+
+CFG = Path(__file__).parent / "yaml" / "ce_resnet20.yaml"  # the protocol of the probe, but for its one epoch
+SIZE = [64, 2, 4]  # [dim, depth, heads] of the probe's modules
+
+
+def identify(path, num_classes):
+    """(name of the network, content) of a file, by the names and shapes of its tensors; else InputError."""
+    content = checkpoint.load(path, "CHECKPOINT")
+
+    def shapes(tensors):
+        return {key: tuple(t.shape) for key, t in tensors.items() if not key.endswith("num_batches_tracked")}
+
+    for name, network in MODELS.items():
+        with torch.device("meta"):
+            if shapes(network(num_classes=num_classes).state_dict()) == shapes(checkpoint.network_weights(content)):
+                return name, content
+    raise InputError("CHECKPOINT", f"{path} is of no network of {num_classes} classes; valid: {', '.join(MODELS)}")
+
+
+def stage_pairs(student_maps, teacher_maps):
+    """[(student's index, teacher's index), …] of the maps but the stems', the last with the last."""
+    depth = min(len(student_maps), len(teacher_maps)) - 1
+    return [(len(student_maps) - i, len(teacher_maps) - i) for i in range(depth, 0, -1)]
+
+
+@torch.no_grad()
+def measure_cka(student, teacher, loader, autocast, batches=4):
+    """[CKA of each stage] on the first batches, in eval mode: the HSIC terms averaged over them, then divided."""
+    student.eval()
+    total = 0
+    for step in range(min(batches, len(loader))):
+        images, _ = loader.batch(0, step)
+        with autocast():
+            maps = [network(images, return_features=True)[1]["maps"] for network in (student, teacher)]
+        terms = []
+        for s, t in stage_pairs(*maps):
+            a, b = maps[0][s], maps[1][t]
+            terms.append(hsic_terms(F.interpolate(a.float(), b.shape[2:], mode="bilinear", align_corners=True), b))
+        total = total + torch.stack(terms)
+    return [round(cka, 4) for cka in cka_of_terms(total).tolist()]
+
+
+@torch.no_grad()
+def forward_speed(model, loader, autocast, repeats=7):
+    """Images a second of the forward pass, batches of the loader's size: the median."""
+    images, _ = loader.batch(0, 0)
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        with autocast():
+            model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return len(images) / sorted(times[2:])[repeats // 2]
+
+
+def probe(cfg, student, teacher, loader, device, autocast, steps):
+    """Train the student for an epoch of DPK on its last two stages, or for so many steps."""
+    image = loader.batch(0, 0)[0][:1]
+    with torch.no_grad():
+        maps = [network.eval()(image, return_features=True)[1]["maps"] for network in (student, teacher)]
+    pairs = stage_pairs(*maps)[-2:]
+    stages = [{"student": s, "teacher": t, "weight": weight, "encoder": SIZE, "decoder": SIZE,
+               "patch": max(maps[1][t].shape[2] // 8, 1)}  # some 8 × 8 tokens
+              for (s, t), weight in zip(pairs, (0.6, 1.0)[-len(pairs):])]
+    torch.manual_seed(cfg.seed + 1)
+    distiller = DPK(student, teacher, stages=stages, image_size=image.shape[2]).to(device).train()
+    optimizers = build_optimizers(distiller, cfg.optimizer, ConnectorSettings(optimizer="adamw", lr=1e-3))
+    for step in progress(range(min(steps or len(loader), len(loader))), "probe"):
+        torch.manual_seed(cfg.seed * 10**6 + step)
+        images, targets = loader.batch(0, step)
+        with autocast():
+            losses = distiller(images, targets)[1]
+        sum(losses.values()).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def examine(cfg, path, data, device, steps):
+    """What is known of one teacher, as a dict."""
+    name, content = identify(path, len(data.classes))
+    teacher = checkpoint.fill_network(build_network(name, len(data.classes), cfg, device), content, path, name,
+                                      "CHECKPOINT").eval()
+    torch.manual_seed(cfg.seed)
+    student = build_network(cfg.student.name, len(data.classes), cfg, device)
+    train_loader, test_loader = build_loaders(cfg, data, 0, 1, device)
+    autocast = engine.build_autocast(cfg.precision, device)
+    entry = {"teacher": name, "checkpoint": str(path), "student": cfg.student.name,
+             "top1": engine.evaluate(teacher, test_loader, autocast)[0],
+             "parameters": sum(p.numel() for p in teacher.parameters()),
+             "images_per_s": round(forward_speed(teacher, train_loader, autocast), 1),
+             "cka_before": measure_cka(student, teacher, test_loader, autocast)}
+    probe(cfg, student, teacher, train_loader, device, autocast, steps)
+    return entry | {"cka_after": measure_cka(student, teacher, test_loader, autocast),
+                    "probe_top1": engine.evaluate(student, test_loader, autocast)[0]}
+
+
+def rank(entries, images):
+    """The entries in order, each with `rank` and `reason`; images: how many the accuracies were measured on.
+
+    Two accuracies are not told apart within the standard error of their difference.
+    """
+    left, ranked = list(entries), []
+    while left:
+        best = max(left, key=lambda entry: entry["top1"])
+        share = best["top1"] / 100
+        error = 100 * (2 * share * (1 - share) / images) ** 0.5
+        tied = [entry for entry in left if best["top1"] - entry["top1"] <= error]
+        first = max(tied, key=lambda entry: entry["images_per_s"])
+        if first is not best:
+            reason = (f"{best['top1'] - first['top1']:.2f} below {best['teacher']}, within the error of {error:.2f}, "
+                      f"and {first['images_per_s'] / best['images_per_s']:.1f} times as fast")
+        elif not ranked:
+            reason = "the most accurate" if len(tied) == 1 else f"the fastest of {len(tied)} within {error:.2f}"
+        else:
+            reason = f"{ranked[0]['top1'] - first['top1']:.2f} less accurate than the first"
+        left.remove(first)
+        ranked.append(first | {"rank": len(ranked) + 1, "reason": reason})
+    return ranked
+
+
+def table(ranked):
+    """The ranking as lines of text."""
+    def ckas(entry):
+        return ", ".join(f"{a:.2f} > {b:.2f}" for a, b in zip(entry["cka_before"], entry["cka_after"]))
+
+    rows = [("", "teacher", "top-1", "parameters", "images/s", "CKA by stage, before > after probe", "probe", "why")]
+    rows += [(str(e["rank"]), e["teacher"], f"{e['top1']:.2f}", f"{e['parameters']:,}", f"{e['images_per_s']:.0f}",
+              ckas(e), f"{e['probe_top1']:.2f}", e["reason"]) for e in ranked]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def draw(ranked, path):
+    """CKA of the last stage over the teachers' accuracy, before and after the probe, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path}: not drawn, matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for key, label in ("cka_before", "fresh student"), ("cka_after", "after the probe"):
+        axes.scatter([e["top1"] for e in ranked], [e[key][-1] for e in ranked], label=label)
+    for e in ranked:
+        axes.annotate(e["teacher"], (e["top1"], e["cka_after"][-1]))
+    axes.set(xlabel="teacher's top-1 in per cent", ylabel="CKA to the student, last stage")
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="resnet20", help="the student's network")
+    parser.add_argument("--data", default="data", help="folder of the data set (data.root)")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the probe; 0: an epoch")
+    parser.add_argument("--out", metavar="FILE", help="write the ranking there too, a JSON line a teacher")
+    parser.add_argument("--figure", metavar="FILE", help="draw the ranking there")
+    parser.add_argument("arguments", nargs="+", metavar="CHECKPOINT or key.sub=value",
+                        help="the teachers' files, and settings of train_cifar.py, as data.name=cifar10 or device=cpu")
+    args = parser.parse_intermixed_args(argv)
+    overrides = [a for a in args.arguments if "=" in a and not Path(a).exists()]
+    paths = [a for a in args.arguments if a not in overrides]
+
+    def action():
+        cfg = load_config(Settings, CFG, [f"student.name={args.student}", f"data.root={args.data}", *overrides])
+        if not paths or args.steps < 0:
+            raise InputError("CHECKPOINT" if not paths else "--steps", "none was given" if not paths else "is negative")
+        device = engine.pick_device(cfg)
+        data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
+        ranked = rank([examine(cfg, path, data, device, args.steps) for path in paths], len(data.test.labels))
+        print(table(ranked))
+        if args.out:
+            checkpoint.write(args.out, "".join(json.dumps(entry) + "\n" for entry in ranked))
+        if args.figure:
+            draw(ranked, args.figure)
+
+    return engine.exit_code("rank_teachers.py", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The ranking of teachers: what is measured, the order, and the whole command."""
+
+import json
+
+import pytest
+import torch
+
+import rank_teachers
+from models import MODELS
+from utils import checkpoint
+
+SETTINGS = ["data.name=synthetic", "data.samples=300", "device=cpu", "precision=fp32"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = []
+    for name in "plaincnn4", "resnet8":
+        torch.manual_seed(0)
+        paths.append(str(tmp_path / f"{name}.pth"))
+        checkpoint.save(paths[-1], {"model": MODELS[name]().state_dict()})
+    return paths
+
+
+def entry(teacher, top1, speed):
+    return {"teacher": teacher, "top1": top1, "images_per_s": speed, "parameters": 1000, "cka_before": [0.1, 0.2],
+            "cka_after": [0.3, 0.4], "probe_top1": 5.0}
+
+
+def test_the_most_accurate_first_and_the_faster_of_those_that_cannot_be_told_apart():
+    # the error of the difference of two accuracies of 70 per cent on 10,000 images is 0.65
+    entries = [entry("slow", 70.0, 10.0), entry("weak", 60.0, 99.0), entry("fast", 69.5, 30.0)]
+    ranked = rank_teachers.rank(entries, 10000)
+    assert [(e["teacher"], e["rank"]) for e in ranked] == [("fast", 1), ("slow", 2), ("weak", 3)]
+    assert ranked[0]["reason"] == "0.50 below slow, within the error of 0.65, and 3.0 times as fast"
+    ranked = rank_teachers.rank([entry("b", 69.0, 30.0), entry("a", 70.0, 10.0)], 10000)
+    assert [e["teacher"] for e in ranked] == ["a", "b"]
+    assert [e["reason"] for e in ranked] == ["the most accurate", "1.00 less accurate than the first"]
+    lines = rank_teachers.table(ranked).splitlines()
+    assert lines[1].split()[:3] == ["1", "a", "70.00"] and "0.10 > 0.30, 0.20 > 0.40" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_40_2", "vgg8", "mobilenetv2", "shufflenetv2", "plaincnn6"])
+def test_a_file_says_of_which_network_it_is(name, tmp_path):
+    checkpoint.save(tmp_path / "a.pth", {"model": MODELS[name](num_classes=7).state_dict()})
+    assert rank_teachers.identify(tmp_path / "a.pth", 7)[0] == name
+    with pytest.raises(ValueError, match="of no network of 8 classes"):
+        rank_teachers.identify(tmp_path / "a.pth", 8)
+
+
+def test_stages_are_paired_from_the_last():
+    assert rank_teachers.stage_pairs([0] * 4, [0] * 4) == [(1, 1), (2, 2), (3, 3)]
+    assert rank_teachers.stage_pairs([0] * 3, [0] * 5) == [(1, 3), (2, 4)]
+
+
+def test_the_whole_command(files, tmp_path, capsys):
+    out = tmp_path / "ranking.jsonl"
+    arguments = ["--student", "plaincnn2", *files, *SETTINGS, "--out", str(out)]
+    assert rank_teachers.main(arguments) == 0
+    text, entries = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
+    assert [e["rank"] for e in entries] == [1, 2] and {e["teacher"] for e in entries} == {"plaincnn4", "resnet8"}
+    for e in entries:
+        model = MODELS[e["teacher"]]()
+        assert e["parameters"] == sum(p.numel() for p in model.parameters())
+        assert e["teacher"] in text and e["reason"] in text and e["images_per_s"] > 0
+        assert len(e["cka_before"]) == len(e["cka_after"]) == 2 and e["cka_before"] != e["cka_after"]
+        assert all(-1 <= cka <= 1 for cka in e["cka_before"] + e["cka_after"])
+    assert rank_teachers.main([*arguments, "--steps", "2"]) == 0  # another probe, the same all else
+    again = {e["teacher"]: e for e in map(json.loads, out.read_text().splitlines())}
+    for e in entries:
+        assert again[e["teacher"]]["cka_before"] == e["cka_before"] and again[e["teacher"]]["top1"] == e["top1"]
+
+
+def test_the_figure_where_matplotlib_is_installed(tmp_path):
+    pytest.importorskip("matplotlib")
+    rank_teachers.draw([entry("a", 70.0, 1.0) | {"rank": 1}], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere.pth"], ["CHECKPOINT", "nowhere.pth is missing"]),
+    (["data.name=cifar10"], ["CHECKPOINT", "none was given"]),
+    (["--student", "resnet21", "a.pth"], ["student.name", "resnet20"]),
+    (["a.pth", "data.size=x"], ["data.size"]),
+])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
+    assert rank_teachers.main([*arguments, *SETTINGS] if "nowhere.pth" in arguments else arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
