@@ -138,6 +138,10 @@ def test_memory_format(root):
     assert next(batches(root, channels_last=False).epoch(0))[0].is_contiguous()
 
 
+def broken_at(loader, path):
+    return loader.images.source.paths.tolist().index(path.split("/", 1)[1].encode())
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_an_unreadable_image_is_named_and_left_out(root, tmp_path, capsys, monkeypatch, content):
     import shutil
@@ -147,10 +151,14 @@ def test_an_unreadable_image_is_named_and_left_out(root, tmp_path, capsys, monke
     for split, path in ("train", "train/class0/4.jpg"), ("val", "val/class1/3.jpg"):
         (tmp_path / "tree" / path).write_bytes(whole[:600] if content is None else content)  # None: cut off
         loader = batches(tmp_path / "tree", split)
-        labels = torch.cat([labels for _, labels in loader.epoch(0)])
+        labels = []
+        for _, some in loader.epoch(0):
+            labels += some
+            indices = loader.indices.tolist()  # a stand-in's own
+            assert [loader.images.source.open(i)[1] for i in indices] == some.tolist()
+            assert broken_at(loader, path) not in indices
         assert len(labels) == (8 if split == "train" else 6)  # another stands in for it, or it is not counted
-        broken = loader.images.source.paths.tolist().index(path.split("/", 1)[1].encode())
-        visited = sum(index == broken for batch in loader.order for _, index in batch)
+        visited = sum(index == broken_at(loader, path) for batch in loader.order for _, index in batch)
         assert loader.unreadable == visited and (split == "train" or visited == 1)
         error = capsys.readouterr().err
         assert error.count("\n") == visited and (not visited or path in error)
