@@ -56,12 +56,34 @@ def as_map(output, channels_last):
     return output.permute(0, 3, 1, 2) if channels_last else output
 
 
+def add_preacts(body):
+    """Let the extractor `body` return the input of each map's ReLU as well, "pre0" beside "map0"; whether there are any.
+
+    There are none where a map is not the output of an nn.ReLU.
+    """
+    graphs = [body.train_graph, body.eval_graph]
+    modules = dict(body.named_modules())
+    for graph in graphs:
+        [output] = [node for node in graph.nodes if node.op == "output"]
+        maps = {key: node for key, node in output.args[0].items() if key.startswith("map")}
+        if not all(node.op == "call_module" and type(modules[node.target]) is nn.ReLU for node in maps.values()):
+            return False
+        preacts = {key.replace("map", "pre"): node.args[0] for key, node in maps.items()}
+        output.args = ({**output.args[0], **preacts},)
+    for module in modules.values():
+        if type(module) is nn.ReLU:
+            module.inplace = False  # or the pre-activations would be overwritten
+    body.recompile()
+    return True
+
+
 class TorchvisionNetwork(nn.Module):
     """Classification network `name` of torchvision with the features of this project.
 
     forward(x (B, 3, H, W)) -> logits (B, num_classes). With return_features, (logits, features): `maps`, the tensors
     named by map_nodes as (B, C, H, W), for a Vision Transformer its tokens without the class token; `pooled` (B, C),
-    the mean of the last map over its positions. There are no `preacts`: torchvision's ReLUs work in place.
+    the mean of the last map over its positions; where all maps come out of a ReLU, as those of a ResNet do, `preacts`,
+    the same before it.
     state_dict() has torchvision's names. image_size: side of the images, which a Vision Transformer has to know.
     """
 
@@ -73,6 +95,7 @@ class TorchvisionNetwork(nn.Module):
         head = [key for key, _ in model.named_children()][-1]
         nodes = {node: f"map{i}" for i, (node, _) in enumerate(maps)} | {head: "logits"}
         self.body = create_feature_extractor(model, nodes)
+        self.has_preacts = add_preacts(self.body)
         self.channels_last = [channels_last for _, channels_last in maps]
         self.register_state_dict_post_hook(self._without_prefix)
         self.register_load_state_dict_pre_hook(self._with_prefix)
@@ -93,4 +116,7 @@ class TorchvisionNetwork(nn.Module):
         if not return_features:
             return logits
         maps = [as_map(outputs[f"map{i}"], channels_last) for i, channels_last in enumerate(self.channels_last)]
-        return logits, {"maps": maps, "pooled": maps[-1].mean((2, 3))}
+        features = {"maps": maps, "pooled": maps[-1].mean((2, 3))}
+        if self.has_preacts:
+            features["preacts"] = [outputs[f"pre{i}"] for i in range(len(maps))]
+        return logits, features

@@ -64,6 +64,19 @@ def test_one_forward_updates_batch_norm_once_and_all_parameters_train(name):
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("name, present", [("resnet18", True), ("resnet50", True), ("resnet34", True),
+                                           ("mobilenet_v2", False), ("vit_b_32", False), ("densenet121", False)])
+def test_preacts_are_the_maps_before_the_relu(name, present):
+    model = IMAGENET_MODELS[name](num_classes=10, **({"image_size": 64} if name.startswith("vit") else {}))
+    for mode in True, False:
+        model.train(mode)
+        logits, features = model(torch.randn(2, 3, 64, 64), return_features=True)
+        assert ("preacts" in features) == present
+        for value, preact in zip(features["maps"], features.get("preacts", ())):
+            assert torch.equal(value, preact.relu()) and (preact < 0).any()
+    assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
+
+
 def test_names_hold_under_a_prefix_too():
     class Around(torch.nn.Module):
         def __init__(self):
