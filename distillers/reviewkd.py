@@ -49,24 +49,20 @@ class ABF(nn.Module):
         return self.expand(x), x
 
 
-def students_levels(features):
-    """What the student gives: its maps but the stem's, and the pooled feature as a 1×1 map, the shallow ones first."""
-    return [*features["maps"][1:], features["pooled"][:, :, None, None]]
-
-
-def teachers_levels(features):
-    """The same of the teacher, before the ReLU where the network has `preacts`."""
-    return [*(features.get("preacts") or features["maps"])[1:], features["pooled"][:, :, None, None]]
+def levels(features, preacts):
+    """The maps but the stem's, before the ReLU if `preacts` and it has them, and the pooled feature as a 1×1 map."""
+    maps = (features.get("preacts") if preacts else None) or features["maps"]
+    return [*maps[1:], features["pooled"][:, :, None, None]]
 
 
 @torch.no_grad()
-def level_channels(model, levels, image_size):
-    """[C, …] of levels(features), from a blank image in eval mode: BatchNorm statistics stay as they are."""
+def level_channels(model, preacts, image_size):
+    """[C, …] of the levels, from a blank image in eval mode: BatchNorm statistics stay as they are."""
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     model.eval()
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    channels = [level.shape[1] for level in levels(model(image, return_features=True)[1])]
+    channels = [level.shape[1] for level in levels(model(image, return_features=True)[1], preacts)]
     for module, mode in modes.items():
         module.training = mode
     return channels
@@ -75,6 +71,7 @@ def level_channels(model, levels, image_size):
 class ReviewKD(nn.Module):
     """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other.
 
+    The teacher's maps are taken before the ReLU where it has `preacts`, the student's with student_preacts.
     warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up).
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
@@ -82,7 +79,8 @@ class ReviewKD(nn.Module):
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
-                 warmup_epochs: int = 20, label_smoothing: float = 0.0, image_size: int = 32):
+                 warmup_epochs: int = 20, student_preacts: bool = False, label_smoothing: float = 0.0,
+                 image_size: int = 32):
         super().__init__()
         if min(ce_weight, review_weight, warmup_epochs) < 0:
             raise ValueError(f"ce_weight, review_weight, warmup_epochs: {ce_weight}, {review_weight}, {warmup_epochs}: "
@@ -94,8 +92,9 @@ class ReviewKD(nn.Module):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.review_weight = ce_weight, review_weight
         self.warmup_epochs, self.warmup = warmup_epochs, 1.0
-        students = level_channels(student, students_levels, image_size)
-        teachers = level_channels(teacher, teachers_levels, image_size)
+        self.student_preacts = student_preacts
+        students = level_channels(student, student_preacts, image_size)
+        teachers = level_channels(teacher, True, image_size)
         self.depth = min(len(students), len(teachers))
         students, teachers = students[-self.depth:], teachers[-self.depth:]
         mid = min(512, students[-1])
@@ -114,10 +113,10 @@ class ReviewKD(nn.Module):
         with torch.no_grad():
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        levels = zip(self.fusions, students_levels(features)[-self.depth:],
-                     teachers_levels(teacher_features)[-self.depth:])
+        stages = zip(self.fusions, levels(features, self.student_preacts)[-self.depth:],
+                     levels(teacher_features, True)[-self.depth:])
         review, deeper = 0, None
-        for fusion, student_map, teacher_map in reversed(list(levels)):  # the deepest first
+        for fusion, student_map, teacher_map in reversed(list(stages)):  # the deepest first
             reviewed, deeper = fusion(student_map, deeper, teacher_map.shape[2:])
             review = review + hcl_loss(reviewed, teacher_map)
         return logits, {

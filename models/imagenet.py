@@ -57,9 +57,9 @@ def as_map(output, channels_last):
 
 
 def add_preacts(body):
-    """Let the extractor `body` return the input of each map's ReLU as well, "pre0" beside "map0"; whether there are any.
+    """Let the extractor `body` return the input of each map's ReLU as well, "pre0" beside "map0".
 
-    There are none where a map is not the output of an nn.ReLU.
+    False, and nothing is changed, where a map is not the output of an nn.ReLU.
     """
     graphs = [body.train_graph, body.eval_graph]
     modules = dict(body.named_modules())
