@@ -36,8 +36,8 @@ def read_preacts(model, image_size):
     """The network's pre-activations without the stem's on a blank image, and for each the BatchNorm that makes it.
 
     [((C, H, W), nn.BatchNorm2d or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
-    the pre-activation itself (a residual sum), it is the last of that shape on the main path so far. A network without
-    `preacts` gives its `maps`.
+    the pre-activation itself (a residual sum), it is the last of that shape on the main path, after the stage before. A
+    network without `preacts` gives its `maps`.
     """
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
@@ -54,11 +54,9 @@ def read_preacts(model, image_size):
     for module, mode in modes.items():
         module.training = mode
     found, after = [], 0
-    for i, preact in enumerate(preacts):
+    for preact in preacts:
         same = [k for k, (_, output) in enumerate(outputs) if output is preact]
         of_shape = [k for k, (_, output) in enumerate(outputs) if k >= after and output.shape == preact.shape]
-        if not same and i + 1 < len(preacts) and preacts[i + 1].shape == preact.shape:
-            of_shape = of_shape[: len(of_shape) // 2]  # the next stage has this shape as well
         at = (same or of_shape or [None])[-1]
         after = at + 1 if at is not None else after
         found.append((tuple(preact.shape[1:]), None if at is None else outputs[at][0]))
