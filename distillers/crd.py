@@ -24,7 +24,7 @@ def draw_negatives(labels, targets, count):
     """Indices of images of other classes than each target: labels (N,), targets (B,) -> (B, count).
 
     Uniform, with replacement; the authors draw without, for the same expected loss. Images whose class is not known yet
-    (label −1) count as others. Raises ValueError where all images are of one target's class.
+    (label −1) count as others; at least one image has to be of another class.
     """
     order = labels.argsort()
     ordered = labels[order]
