@@ -93,12 +93,12 @@ def draw(results, name, section, logs):
     from matplotlib import pyplot
 
     for kind, ((x_label, y_label), lines) in curves(section, logs).items():
-        if lines:
+        if len(lines) > 1:
             figure, axes = pyplot.subplots(figsize=(6, 4))
             for label, (x, y) in lines.items():
-                axes.plot(x, y, label=label, marker="o" if kind == "teachers" else None)
+                axes.plot(x, y, "--" if "ratio" in label else "-", label=label, marker="o" if kind == "teachers" else None)
             axes.set(xlabel=x_label, ylabel=y_label, title=section["title"])
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
             pyplot.close(figure)
 

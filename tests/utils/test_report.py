@@ -77,6 +77,7 @@ def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
 
 def test_figures_where_matplotlib_is_installed(listed):
     pytest.importorskip("matplotlib")
+    write_run(listed.parent, "small_first_s0", [10.0, 70.0])
     write_run(listed.parent, "small_second_s0", [10.0, 71.0])
     text = report.report(listed)
     for kind in "accuracy", "ratio":
