@@ -96,7 +96,8 @@ def draw(results, name, section, logs):
         if len(lines) > 1:
             figure, axes = pyplot.subplots(figsize=(6, 4))
             for label, (x, y) in lines.items():
-                axes.plot(x, y, "--" if "ratio" in label else "-", label=label, marker="o" if kind == "teachers" else None)
+                marker = "o" if kind == "teachers" else None
+                axes.plot(x, y, "--" if "ratio" in label else "-", label=label, marker=marker)
             axes.set(xlabel=x_label, ylabel=y_label, title=section["title"])
             axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
