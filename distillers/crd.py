@@ -1,7 +1,5 @@
 """CRD: Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020."""
 
-import math
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,7 +52,7 @@ class Memory(nn.Module):
     def __init__(self, num_samples, dim, negatives, temperature, momentum):
         super().__init__()
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
-        bound = 1 / math.sqrt(dim / 3)
+        bound = (3 / dim) ** 0.5
         self.register_buffer("student_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
         self.register_buffer("teacher_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
         self.register_buffer("labels", torch.full((num_samples,), -1))  # as far as they are known

@@ -1,7 +1,5 @@
 """OFD: Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,8 +12,8 @@ def margin(mean, std):
     """
     mean, std = mean.double(), std.double().abs().clamp(min=1e-12)
     ratio = mean / std
-    below = 0.5 * torch.erfc(ratio / math.sqrt(2))  # P(x < 0)
-    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    below = 0.5 * torch.erfc(ratio / 2**0.5)  # P(x < 0)
+    density = (-0.5 * ratio.square()).exp() / (2 * torch.pi) ** 0.5
     return torch.where(below > 0.001, mean - std * density / below.clamp(min=1e-300), -3 * std).float()
 
 
@@ -90,7 +88,7 @@ class OFD(nn.Module):
         self.connectors = nn.ModuleList()
         for i, ((s, _), (t, bn)) in enumerate(zip(students[-self.depth:], teachers[-self.depth:])):
             conv = nn.Conv2d(s[0], t[0], 1, bias=False)
-            nn.init.normal_(conv.weight, std=math.sqrt(2 / t[0]))
+            nn.init.normal_(conv.weight, std=(2 / t[0]) ** 0.5)
             self.connectors.append(nn.Sequential(conv, nn.BatchNorm2d(t[0])))
             # weight and bias of a BatchNorm are the deviation and the mean of what it puts out
             value = torch.zeros(t[0]) if bn is None else margin(bn.bias.detach(), bn.weight.detach())

@@ -1,7 +1,5 @@
 """VID: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +34,7 @@ class VIDStage(nn.Module):
             nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
         )
         # variance = softplus(α) + eps, which is init_variance for this α
-        self.alpha = nn.Parameter(torch.full((teacher_channels,), math.log(math.expm1(init_variance - eps))))
+        self.alpha = nn.Parameter(torch.full((teacher_channels,), init_variance - eps).expm1().log())
 
     def forward(self, student_map, teacher_map):
         size = min(student_map.shape[2:], teacher_map.shape[2:])
