@@ -131,6 +131,19 @@ def test_half_precision_and_memory_format(config, tmp_path, precision):
     assert bool(scale) == (precision == "fp16")
 
 
+def test_two_processes_do_not_share_a_run(config, tmp_path):
+    path = config(epochs=1000)
+    first = start(path)
+    while "epoch 1/" not in (line := first.stdout.readline()):
+        assert line, "ended before its first epoch"
+    refused = run(path, check=2).stderr
+    assert refused.startswith(f"error: {path}: name: another process is at") and refused.count("\n") == 1
+    first.terminate()
+    assert first.wait(60) == 0  # and it has saved
+    lines = log(tmp_path / "runs" / "run")
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+
+
 def test_killed_at_any_instant_and_resumed_is_the_same_run(config, tmp_path):
     path = config(epochs=3)
     run(path, "name=whole")

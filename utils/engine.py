@@ -18,7 +18,7 @@ from utils.errors import InputError
 from utils.log import Table, one_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
-from utils.state import load_state, open_log, restore, save_state
+from utils.state import load_state, lock, open_log, restore, save_state
 from utils.stopping import Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -195,6 +195,9 @@ def train(cfg, set_up, ignored, timeout=None):
         return last
 
     run = set_up(cfg, rank, world, device)
+    locked = lock(folder / ".lock") if rank == 0 else True
+    if not locked:
+        raise InputError("name", f"another process is at {folder}; wait for it, or give another name=...")
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)
     say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "

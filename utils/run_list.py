@@ -10,7 +10,6 @@ an unfinished one where it was left. Several processes may share a list, each ca
 """
 
 import argparse
-import fcntl
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import yaml
 
 from utils import checkpoint
 from utils.log import read_log
+from utils.state import lock
 
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers"}
 
@@ -52,17 +52,6 @@ def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
     return len(lines) > 1 and config.exists() and lines[-1]["epoch"] == yaml.safe_load(config.read_text())["epochs"]
-
-
-def lock(path):
-    """The file `path`, open and locked as long as this process lives, or None where another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return file.close()
-    return file
 
 
 def main(argv=None):

@@ -1,11 +1,33 @@
-"""Where a run stands: latest.pth, and a log that agrees with it."""
+"""Where a run stands: latest.pth, a log that agrees with it, and a lock, so that no two processes write them."""
 
 import dataclasses
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from utils import checkpoint, distributed
 from utils.config import flatten, yaml_text
 from utils.errors import InputError
 from utils.log import environment, read_log, write_log
+
+
+def lock(path):
+    """The file `path`, open and locked until it is closed or this process ends; None where another process has it.
+
+    Not locked where the platform or the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
+    except (BlockingIOError, PermissionError):
+        return file.close()
+    except OSError:
+        pass
+    return file
 
 
 def load_state(cfg, folder, ignored):

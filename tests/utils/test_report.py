@@ -1,7 +1,10 @@
 """From a list of runs to a table: utils/run_list.py and utils/report.py."""
 
+import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,16 @@ def write_run(results, name, accuracies, epochs=None):
     (results / name / "config.yaml").write_text(yaml.safe_dump({"epochs": epochs or len(accuracies)}))
 
 
+@contextlib.contextmanager
+def held_by_another_process(path):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) as other:
+        other.stdout.readline()
+        yield
+        other.communicate(b"\n")
+
+
 def test_runs_are_taken_one_after_the_other_and_leave_their_logs(listed, tmp_path, capfd):
     arguments = [str(listed), f"--runs={tmp_path / 'runs'}"]
     assert run_list.main([*arguments, "--seconds=10"]) == 0  # too few left, or a first run and a bit of the next
@@ -57,10 +70,9 @@ def test_a_run_that_fails_is_not_passed_over(listed, tmp_path, capfd):
 
 
 def test_a_run_that_another_process_is_at_is_passed_over(listed, tmp_path, capfd):
-    held = run_list.lock(tmp_path / "runs/small_first_s0.lock")
-    assert run_list.lock(tmp_path / "runs/small_first_s0.lock") is None
-    assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}", "epochs=1"]) == 0
-    held.close()
+    (tmp_path / "runs").mkdir()
+    with held_by_another_process(tmp_path / "runs/small_first_s0.lock"):
+        assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}", "epochs=1"]) == 0
     out = capfd.readouterr().out
     assert "name=small_first_s0" not in out and "name=small_second_s1" in out
 

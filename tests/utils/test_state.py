@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ from utils import checkpoint
 from utils.config import section, setting
 from utils.errors import InputError
 from utils.log import Table, read_log
-from utils.state import load_state, open_log, restore, save_state
+from utils.state import load_state, lock, open_log, restore, save_state
 
 
 @dataclass
@@ -81,3 +84,19 @@ def test_a_log_is_begun_or_cut_back(tmp_path):
     open_log(Settings(), tmp_path, {"epoch": 1}, 1, torch.device("cpu"))
     assert read_log(tmp_path / "log.jsonl") == [header, {"epoch": 1}]
     assert "lr: 0.1" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_lock_is_one_process_s_until_it_lets_go(tmp_path):
+    path = tmp_path / "new folder" / ".lock"
+    code = "import pathlib, sys, utils.state; print(utils.state.lock(pathlib.Path(sys.argv[1])) is not None)"
+
+    def another_process_gets_it():
+        return subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], text=True,
+                              capture_output=True, check=True).stdout.strip() == "True"
+
+    held = lock(path)
+    assert not another_process_gets_it()
+    held.close()
+    assert another_process_gets_it()
+    held = lock(path)  # the other's end has set it free
+    assert held
