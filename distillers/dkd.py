@@ -31,7 +31,8 @@ def dkd_losses(student_logits, teacher_logits, targets, temperature):
 class DKD(nn.Module):
     """ce_weight · CE + warm-up · (alpha · TCKD + beta · NCKD).
 
-    warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up).
+    warmup_epochs: the second term grows linearly, and is whole in the last of these (call set_epoch, from 0; without it
+    there is no warm-up). The authors count epochs from 1, so that the first has its share as well.
     logit_standardization: standardize both logits of the second term first; T is then the paper's base temperature.
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "tckd", "nckd": scalars}), weighted.
@@ -61,7 +62,7 @@ class DKD(nn.Module):
 
     def set_epoch(self, epoch):
         """For the warm-up: call before each epoch, from 0."""
-        self.warmup = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+        self.warmup = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
     def forward(self, images, targets):
         with torch.no_grad():

@@ -72,7 +72,8 @@ class ReviewKD(nn.Module):
     """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other.
 
     The teacher's maps are taken before the ReLU where it has `preacts`, the student's with student_preacts.
-    warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up).
+    warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up), as
+    in the authors' CIFAR code; theirs for ImageNet has none.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.

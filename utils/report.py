@@ -61,7 +61,7 @@ def table(name, section, logs):
                      ", ".join(dict.fromkeys((header["git"] or "unknown")[:7] for header in headers))]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     commands = [f"python {shlex.join(command)}    # {key}" for key, command in commands.items()]
-    return [*lines, "", "```bash", *commands, "```"]
+    return [*lines, "", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>"]
 
 
 def curves(section, logs):
