@@ -76,9 +76,9 @@ def curves(section, logs):
                 ratio[f"{key}: {column.replace('_', ', stage ')}"] = epochs, [entry[column] for entry in entries]
         method, _, teacher = key.partition("_")
         if teacher in section.get("teachers", ()):  # the run's name is method_teacher
-            x, y = teachers.setdefault(method, ([], []))
-            x.append(section["teachers"][teacher])
-            y.append(statistics.mean(log[-1]["top1"] for log in logs[key]))
+            point = section["teachers"][teacher], statistics.mean(log[-1]["top1"] for log in logs[key])
+            teachers.setdefault(method, []).append(point)
+    teachers = {method: tuple(zip(*sorted(points))) for method, points in teachers.items()}
     return {"accuracy": (("epoch", "top-1 in per cent"), accuracy), "ratio": (("epoch", "CKA and ratio"), ratio),
             "teachers": (("teacher's top-1 in per cent", "student's"), teachers)}
 
@@ -123,7 +123,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", nargs="?", default="results/runs.yaml")
     path = Path(parser.parse_args(argv).list)
-    checkpoint.write(path.parent / "README.md", report(path))
+    try:
+        checkpoint.write(path.parent / "README.md", report(path))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -26,13 +26,18 @@ KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers"}
 
 
 def load_list(path):
-    """{section: dict} of a list. Raises ValueError that names the section and the key."""
-    sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """{section: dict} of a list. Raises ValueError, a line that names the file, the section and the key."""
+    try:
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: not a mapping of sections")
     for name, section in sections.items():
         if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
+        if not isinstance(section["runs"], dict) or not all(isinstance(text, str) for text in section["runs"].values()):
+            raise ValueError(f"{path}: {name}: runs: not a mapping of names to a YAML file and overrides")
     return sections
 
 
@@ -63,7 +68,14 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
     results, deadline = Path(args.list).parent, time.monotonic() + args.seconds
-    for name, section in load_list(args.list).items():
+    try:
+        sections = load_list(args.list)
+        if args.only not in (None, *sections):
+            raise ValueError(f"{args.list}: no section {args.only!r}; valid: {', '.join(sections)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, section in sections.items():
         for run, _, _, arguments in runs_of(name, section) if args.only in (None, name) else ():
             if finished(results / run):
                 continue

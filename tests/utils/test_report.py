@@ -99,17 +99,33 @@ def test_figures_where_matplotlib_is_installed(listed):
 def test_student_over_teacher():
     section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": 50.0}}
     logs = {key: [[{}, {"epoch": 1, "top1": top1}]] for key, top1 in
-            [("kd_plaincnn4", 30.0), ("kd_plaincnn10", 31.0), ("dpk_plaincnn4", 33.0)]}
+            [("kd_plaincnn10", 31.0), ("kd_plaincnn4", 30.0), ("dpk_plaincnn4", 33.0)]}
     _, lines = report.curves(section, logs)["teachers"]
-    assert lines == {"kd": ([40.0, 50.0], [30.0, 31.0]), "dpk": ([40.0], [33.0])}
+    assert lines == {"kd": ((40.0, 50.0), (30.0, 31.0)), "dpk": ((40.0,), (33.0,))}  # from left to right
 
 
 @pytest.mark.parametrize("text, words", [
-    ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common")])
+    ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
+    ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
     (tmp_path / "runs.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         run_list.load_list(tmp_path / "runs.yaml")
+
+
+@pytest.mark.parametrize("program", [run_list, report])
+@pytest.mark.parametrize("text, words", [(None, "No such file"), ("a: 3", "a: needs title"), ("a: [", "line 1")])
+def test_a_bad_list_ends_with_a_line(program, tmp_path, text, words, capsys):
+    if text:
+        (tmp_path / "runs.yaml").write_text(text)
+    assert program.main([str(tmp_path / "runs.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error and "runs.yaml" in error
+
+
+def test_an_unknown_section_is_named(listed, capsys):
+    assert run_list.main([str(listed), "--only=smal"]) == 2
+    assert capsys.readouterr().err == f"error: {listed}: no section 'smal'; valid: small\n"
 
 
 @pytest.mark.parametrize("path", ["results/runs.yaml", "results/full/runs.yaml"])
