@@ -24,7 +24,7 @@ def draw_negatives(labels, targets, count):
     Uniform, with replacement; the authors draw without, for the same expected loss. Images whose class is not known yet
     (label −1) count as others; at least one image has to be of another class.
     """
-    order = labels.argsort()
+    order, targets = labels.argsort(), targets.contiguous()
     ordered = labels[order]
     first, end = (torch.searchsorted(ordered, targets, right=right).unsqueeze(1) for right in (False, True))
     others = len(labels) - (end - first)  # (B, 1)

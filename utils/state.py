@@ -16,10 +16,13 @@ from utils.log import environment, read_log, write_log
 def lock(path):
     """The file `path`, open and locked until it is closed or this process ends; None where another process has it.
 
-    Not locked where the platform or the file system has no locks.
+    Not locked where the platform or the file system has no locks. Raises InputError where the disk refuses the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise InputError("runs", f"cannot write {path}: {error.strerror}") from None
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
