@@ -64,6 +64,19 @@ def table(name, section, logs):
     return [*lines, "", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>"]
 
 
+def by_teacher(section, logs):
+    """The lines of a table of methods by teachers, where a section has `teachers`; runs are <method>_<teacher>."""
+    teachers = section.get("teachers", {})
+    if not teachers:
+        return []
+    heads = [f"{name} ({'not run' if top1 != top1 else f'{top1:.2f}'})" for name, top1 in teachers.items()]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (1 + len(teachers)) + "|"]
+    for method in dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers):
+        cells = [[log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())] for teacher in teachers]
+        lines.append(f"| {method} | {' | '.join(spread(cell) if cell else 'not run' for cell in cells)} |")
+    return ["The student's top-1 by method and teacher (its own top-1):", "", *lines, ""]
+
+
 def curves(section, logs):
     """{kind of figure: (axes' labels, {label: (x, y)})}: accuracy, CKA and ratio, student over teacher."""
     first = {key: seeds[0][1:] for key, seeds in logs.items() if seeds}
@@ -112,10 +125,12 @@ def report(path, figures=True):
         for key, run in section.get("teachers", {}).items():  # its accuracy in place of its name, once it is trained
             log = read_log(results / run / "log.jsonl")
             section["teachers"][key] = log[-1]["top1"] if log[1:] else float("nan")
-        lines += [f"## {section['title']}", "", section.get("text", ""), "", *table(name, section, logs), ""]
+        lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(section, logs),
+                  *table(name, section, logs), ""]
         if figures:
             draw(results, name, section, logs)
-        lines += [f"![{file.stem}]({file.name})\n" for file in sorted(results.glob(f"{name}_*.png"))]
+        files = [f"{name}_{kind}.png" for kind in curves(section, logs)]
+        lines += [f"![{Path(file).stem}]({file})\n" for file in files if (results / file).exists()]
     return "\n".join(lines)
 
 

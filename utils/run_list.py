@@ -1,10 +1,10 @@
 """Take the first unfinished run of a list, again and again, within a time budget: in a queue, or on a borrowed machine.
 
-    python -m utils.run_list results/runs.yaml [--seconds 540] [--only short] [key.sub=value ...]
+    python -m utils.run_list results/runs.yaml [--seconds 540] [--only gap,methods] [key.sub=value ...]
 
 The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds`, and `runs`, a mapping of names to a
 YAML file with overrides of its own; `published` figures of runs, and `teachers`, for the figure of utils/report.py.
-The first seed of all runs of a section comes before the second. Overrides on the command line (data.root=…, device=…)
+The first seed of all runs comes before the second seed of any. Overrides on the command line (data.root=…, device=…)
 are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call goes on with
 an unfinished one where it was left. Several processes may share a list, each call passing over the runs of the others.
 """
@@ -53,6 +53,17 @@ def runs_of(name, section):
     return runs
 
 
+def in_turn(sections, names):
+    """[(name of the run, its arguments)] of the sections `names`: section by section, the first seed of all first."""
+    rounds = {}
+    for name in names:
+        section = sections[name]
+        seeds = section.get("seeds", [0])
+        for run, _, seed, arguments in runs_of(name, section):
+            rounds.setdefault(seeds.index(seed), []).append((run, arguments))
+    return [entry for _, entries in sorted(rounds.items()) for entry in entries]
+
+
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
@@ -63,40 +74,40 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the YAML file")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="save and leave after so long")
-    parser.add_argument("--only", help="this section alone")
+    parser.add_argument("--only", metavar="SECTION,…", help="these sections alone")
     parser.add_argument("--runs", default="runs", help="where the runs are kept, with their weights")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
     results, deadline = Path(args.list).parent, time.monotonic() + args.seconds
     try:
         sections = load_list(args.list)
-        if args.only not in (None, *sections):
-            raise ValueError(f"{args.list}: no section {args.only!r}; valid: {', '.join(sections)}")
+        for name in args.only.split(",") if args.only else ():
+            if name not in sections:
+                raise ValueError(f"{args.list}: no section {name!r}; valid: {', '.join(sections)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, section in sections.items():
-        for run, _, _, arguments in runs_of(name, section) if args.only in (None, name) else ():
-            if finished(results / run):
-                continue
-            mine = lock(Path(__file__).parents[1] / args.runs / f"{run}.lock")
-            if mine is None or finished(results / run):
-                continue
-            left = deadline - time.monotonic()
-            if left < 30:
-                print(f"out of time before {run}")
-                return 0
-            command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
-            command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
-            print("python", shlex.join(command), flush=True)
-            code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[1]).returncode
-            if code:
-                return code
-            folder = Path(__file__).parents[1] / args.runs / run
-            if not finished(folder):
-                return 0  # stopped in time, or by a signal
-            for file in "log.jsonl", "config.yaml":
-                checkpoint.write(results / run / file, (folder / file).read_bytes())
+    for run, arguments in in_turn(sections, args.only.split(",") if args.only else sections):
+        if finished(results / run):
+            continue
+        mine = lock(Path(__file__).parents[1] / args.runs / f"{run}.lock")
+        if mine is None or finished(results / run):
+            continue
+        left = deadline - time.monotonic()
+        if left < 30:
+            print(f"out of time before {run}")
+            return 0
+        command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
+        command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
+        print("python", shlex.join(command), flush=True)
+        code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[1]).returncode
+        if code:
+            return code
+        folder = Path(__file__).parents[1] / args.runs / run
+        if not finished(folder):
+            return 0  # stopped in time, or by a signal
+        for file in "log.jsonl", "config.yaml":
+            checkpoint.write(results / run / file, (folder / file).read_bytes())
     print("all runs of the list are finished, or another process is at them")
     return 0
 

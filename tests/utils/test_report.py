@@ -104,6 +104,23 @@ def test_student_over_teacher():
     assert lines == {"kd": ((40.0, 50.0), (30.0, 31.0)), "dpk": ((40.0,), (33.0,))}  # from left to right
 
 
+def test_methods_by_teachers():
+    section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": float("nan")}}
+    logs = {"alone": [[{}, {"top1": 29.0}]], "kd_plaincnn4": [[{}, {"top1": 30.0}], [{}, {"top1": 32.0}]],
+            "kd_plaincnn10": [], "dpk_plaincnn10": [[{}, {"top1": 33.0}]]}
+    lines = report.by_teacher(section, logs)
+    assert "| method | plaincnn4 (40.00) | plaincnn10 (not run) |" in lines
+    assert "| kd | 31.00 ± 1.41 | not run |" in lines and "| dpk | not run | 33.00 |" in lines
+    assert not any("alone" in line for line in lines) and report.by_teacher({}, logs) == []
+
+
+def test_first_seeds_come_first_in_all_sections():
+    sections = {"a": {"seeds": [3, 5], "runs": {"x": "x.yaml", "y": "y.yaml"}}, "b": {"runs": {"z": "z.yaml"}}}
+    runs = [run for run, _ in run_list.in_turn(sections, ["a", "b"])]
+    assert runs == ["a_x_s3", "a_y_s3", "b_z_s0", "a_x_s5", "a_y_s5"]
+    assert [run for run, _ in run_list.in_turn(sections, ["b"])] == ["b_z_s0"]
+
+
 @pytest.mark.parametrize("text, words", [
     ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
     ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping")])
