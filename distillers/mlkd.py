@@ -33,14 +33,14 @@ class MLKD(nn.Module):
     The authors' code masks the half of the images, or classes, in which the teacher is the most confident, but after
     the mean, so that the mask is a factor of about a half; the published figures have it, and so has this. They also
     had a second, strongly augmented view of each image with CE and an unmasked KL of its own, and up to 480 epochs at
-    half the learning rate; here the one view that every method gets takes both parts.
+    other learning rates; here the one view that every method gets takes both parts, hence a ce_weight of twice 0.1.
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "batch", "class": scalars}), weighted.
     Raises ValueError for no temperature or one that is not positive, a negative weight, a label_smoothing outside 0
     to 1.
     """
 
-    def __init__(self, student, teacher, *, ce_weight: float = 0.1, kd_weight: float = 0.9,
+    def __init__(self, student, teacher, *, ce_weight: float = 0.2, kd_weight: float = 0.9,
                  temperatures: list | tuple = (2.0, 3.0, 4.0, 5.0, 6.0), label_smoothing: float = 0.0):
         super().__init__()
         if not temperatures or any(type(t) not in (int, float) or t <= 0 for t in temperatures):

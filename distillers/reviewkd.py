@@ -73,19 +73,22 @@ class ReviewKD(nn.Module):
 
     The teacher's maps are taken before the ReLU where it has `preacts`, the student's with student_preacts.
     warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up), as
-    in the authors' CIFAR code; theirs for ImageNet has none.
+    in the authors' CIFAR code; theirs for ImageNet has none. mid_channels: width of what goes from level to level;
+    None: that of the student's deepest level, at most 512.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    Raises ValueError for a negative weight, mid_channels below 1, a label_smoothing outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
-                 warmup_epochs: int = 20, student_preacts: bool = False, label_smoothing: float = 0.0,
-                 image_size: int = 32):
+                 warmup_epochs: int = 20, mid_channels: int | None = None, student_preacts: bool = False,
+                 label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
         if min(ce_weight, review_weight, warmup_epochs) < 0:
             raise ValueError(f"ce_weight, review_weight, warmup_epochs: {ce_weight}, {review_weight}, {warmup_epochs}: "
                              "one is negative")
+        if mid_channels is not None and mid_channels < 1:
+            raise ValueError(f"mid_channels: {mid_channels} is below 1")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
@@ -98,7 +101,7 @@ class ReviewKD(nn.Module):
         teachers = level_channels(teacher, True, image_size)
         self.depth = min(len(students), len(teachers))
         students, teachers = students[-self.depth:], teachers[-self.depth:]
-        mid = min(512, students[-1])
+        mid = mid_channels or min(512, students[-1])
         self.fusions = nn.ModuleList(ABF(s, mid, t, fuse=i + 1 < self.depth)
                                      for i, (s, t) in enumerate(zip(students, teachers)))
 

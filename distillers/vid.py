@@ -34,7 +34,8 @@ class VIDStage(nn.Module):
             nn.Conv2d(teacher_channels, teacher_channels, 1, bias=False),
         )
         # variance = softplus(α) + eps, which is init_variance for this α
-        self.alpha = nn.Parameter(torch.full((teacher_channels,), init_variance - eps).expm1().log())
+        variance = torch.full((teacher_channels,), init_variance - eps)
+        self.alpha = nn.Parameter(variance + (-(-variance).expm1()).log())  # log(exp(v) − 1), for large v as well
 
     def forward(self, student_map, teacher_map):
         size = min(student_map.shape[2:], teacher_map.shape[2:])

@@ -6,6 +6,7 @@ Figures are drawn where matplotlib is installed.
 """
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -77,6 +78,23 @@ def by_teacher(section, logs):
     return ["The student's top-1 by method and teacher (its own top-1):", "", *lines, ""]
 
 
+def ranking(results, section, logs):
+    """The lines of a table: what rank_teachers.py wrote to the file `ranking`, and the students of each teacher."""
+    path = results / section.get("ranking", "")
+    if not path.is_file():
+        return []
+    methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in section["teachers"]))
+    lines = [f"| rank | teacher | top-1 | CKA of the last stage, before > after the probe | probe's top-1 | "
+             f"{' | '.join(methods)} |", "|---" * (5 + len(methods)) + "|"]
+    for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        students = [[log[-1]["top1"] for log in logs.get(f"{method}_{entry['teacher']}", ())] for method in methods]
+        cells = [entry["rank"], entry["teacher"], f"{entry['top1']:.2f}",
+                 f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}", f"{entry['probe_top1']:.2f}",
+                 *(spread(top1) if top1 else "not run" for top1 in students)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return ["The order of `rank_teachers.py`, and the students of each teacher:", "", *lines, ""]
+
+
 def curves(section, logs):
     """{kind of figure: (axes' labels, {label: (x, y)})}: accuracy, CKA and ratio, student over teacher."""
     first = {key: seeds[0][1:] for key, seeds in logs.items() if seeds}
@@ -126,7 +144,7 @@ def report(path, figures=True):
             log = read_log(results / run / "log.jsonl")
             section["teachers"][key] = log[-1]["top1"] if log[1:] else float("nan")
         lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(section, logs),
-                  *table(name, section, logs), ""]
+                  *ranking(results, section, logs), *table(name, section, logs), ""]
         if figures:
             draw(results, name, section, logs)
         files = [f"{name}_{kind}.png" for kind in curves(section, logs)]

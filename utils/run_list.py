@@ -3,7 +3,7 @@
     python -m utils.run_list results/runs.yaml [--seconds 540] [--only gap,methods] [key.sub=value ...]
 
 The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds`, and `runs`, a mapping of names to a
-YAML file with overrides of its own; `published` figures of runs, and `teachers`, for the figure of utils/report.py.
+YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py.
 The first seed of all runs comes before the second seed of any. Overrides on the command line (data.root=…, device=…)
 are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call goes on with
 an unfinished one where it was left. Several processes may share a list, each call passing over the runs of the others.
@@ -22,7 +22,7 @@ from utils import checkpoint
 from utils.log import read_log
 from utils.state import lock
 
-KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers"}
+KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
 
 
 def load_list(path):

@@ -114,6 +114,17 @@ def test_methods_by_teachers():
     assert not any("alone" in line for line in lines) and report.by_teacher({}, logs) == []
 
 
+def test_the_ranking_beside_the_students(tmp_path):
+    entry = {"rank": 1, "teacher": "plaincnn10", "top1": 57.0, "cka_before": [0.1, 0.25], "cka_after": [0.3, 0.5],
+             "probe_top1": 12.0}
+    (tmp_path / "r.jsonl").write_text(json.dumps(entry) + "\n")
+    section = {"teachers": {"plaincnn10": 57.0}, "ranking": "r.jsonl"}
+    logs = {"kd_plaincnn10": [[{}, {"top1": 33.0}]], "dpk_plaincnn10": []}
+    lines = report.ranking(tmp_path, section, logs)
+    assert "| 1 | plaincnn10 | 57.00 | 0.25 > 0.50 | 12.00 | 33.00 | not run |" in lines
+    assert report.ranking(tmp_path, {"teachers": {}}, logs) == []
+
+
 def test_first_seeds_come_first_in_all_sections():
     sections = {"a": {"seeds": [3, 5], "runs": {"x": "x.yaml", "y": "y.yaml"}}, "b": {"runs": {"z": "z.yaml"}}}
     runs = [run for run, _ in run_list.in_turn(sections, ["a", "b"])]
