@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distillers.at import AT, at_loss
+from distillers.at import AT, at_loss, attention_map
 from models import MODELS
 
 
@@ -25,6 +25,8 @@ def test_against_the_definition():
     assert at_loss(s, large).item() == pytest.approx(reference(s, pooled), rel=1e-5)
     assert at_loss(large, s).item() == pytest.approx(reference(pooled, s), rel=1e-5)
     assert torch.isfinite(at_loss(torch.zeros(2, 3, 4, 4), t[:2]))
+    large = 300 * s.half()
+    assert torch.equal(attention_map(large), attention_map(large.float()))
     assert at_loss(300 * s.half(), 300 * t.half()).item() == pytest.approx(reference(s, t), rel=1e-2)  # 300² overflows
 
 

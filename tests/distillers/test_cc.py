@@ -11,6 +11,7 @@ def test_against_the_definition():
     expected = sum(abs(s[i, d] - t[i, d]) * abs(s[i + 1, d] - t[i + 1, d]) for i in range(4) for d in range(7)) / 4
     assert cc_loss(s, t).item() == pytest.approx(expected.item(), rel=1e-5)
     assert cc_loss(s, s).item() == 0
+    assert cc_loss(s[:1], t[:1]).item() == 0  # no neighbour: not the mean of nothing
     assert cc_loss(s, t) == cc_loss(t, s)
     with pytest.raises(ValueError, match=r"\(5, 7\).*\(5, 1\)"):
         cc_loss(s, t[:, :1])  # would broadcast

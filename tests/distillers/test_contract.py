@@ -18,9 +18,9 @@ ARGUMENTS = {"dpk": {"stages": [{"student": -2, "teacher": -2, **SMALL}, SMALL]}
              "crd": {"num_samples": 32, "negatives": 64}}
 
 
-def build(name, student="resnet8", teacher="resnet14"):
+def build(name, student="resnet8", teacher="resnet14", **arguments):
     torch.manual_seed(0)
-    return DISTILLERS[name](MODELS[student](), MODELS[teacher](), **ARGUMENTS.get(name, {})).train()
+    return DISTILLERS[name](MODELS[student](), MODELS[teacher](), **ARGUMENTS.get(name, {}), **arguments).train()
 
 
 def batch(n=8):
@@ -41,6 +41,17 @@ def test_logits_and_weighted_scalars(name):
     assert all(loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     distiller.eval()
     assert torch.allclose(call(distiller, images, targets)[0], distiller.student(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_the_cross_entropy_has_its_weight_and_its_smoothing(name):
+    weight = 1.0 if name == "ce" else 3.0
+    distiller = build(name, label_smoothing=0.2, **({} if name == "ce" else {"ce_weight": weight}))
+    images, targets = batch()
+    logits, losses = call(distiller, images, targets)
+    log_p = logits.double().log_softmax(1)  # 80 % of the target on its class, 20 % on all
+    expected = -0.8 * log_p[range(8), targets].mean() - 0.2 * log_p.mean()
+    assert losses["ce"].item() == pytest.approx(weight * expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])

@@ -68,6 +68,25 @@ def test_scores_loss_and_update_step_by_step():
     assert torch.allclose(s.grad, expected_grad, atol=1e-5)
 
 
+def test_the_banks_start_uniform_with_rows_of_length_one_in_the_mean():
+    torch.manual_seed(0)
+    module = Memory(4000, 12, negatives=20, temperature=0.5, momentum=0.25)
+    for bank in module.student_bank, module.teacher_bank:
+        assert 0.49 < bank.max() <= 0.5 and -0.5 <= bank.min() < -0.49  # ± √(3 / 12)
+        assert bank.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(module.student_bank, module.teacher_bank)
+
+
+def test_in_float32_under_autocast():
+    losses = []
+    for enabled in False, True:
+        module, (s, t, targets, index) = memory(), batch()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(module(s, t, targets, index).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_the_constants_are_set_once():
     module, (s, t, targets, index) = memory(), batch()
     module(s, t, targets, index)
@@ -108,6 +127,23 @@ def test_two_processes_have_the_banks_of_one(tmp_path):
         for key in "student_bank", "teacher_bank", "labels":
             assert torch.equal(state[key], one[key])
     assert torch.equal(two[0]["Z"], two[1]["Z"])
+
+
+def test_the_loss_is_the_memorys_of_embeddings_of_length_one():
+    torch.manual_seed(0)
+    distiller = CRD(MODELS["resnet8"](), MODELS["resnet8x4"](), crd_weight=3.0, dim=16, negatives=8, temperature=0.5,
+                    momentum=0.25, num_samples=20).eval()
+    memory = Memory(20, 16, negatives=8, temperature=0.5, momentum=0.25)
+    memory.load_state_dict(distiller.memory.state_dict())
+    images, targets, index = torch.randn(4, 3, 32, 32), torch.arange(4), torch.tensor([3, 19, 0, 7])
+    s, t = (network(images, return_features=True)[1]["pooled"] for network in (distiller.student, distiller.teacher))
+    s, t = distiller.student_embed(s), distiller.teacher_embed(t)
+    torch.manual_seed(1)
+    expected = 3 * memory(s / s.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True), targets, index)
+    torch.manual_seed(1)
+    assert distiller(images, targets, index)[1]["crd"].item() == pytest.approx(expected.item(), rel=1e-4)
+    for name in "student_bank", "teacher_bank":
+        torch.testing.assert_close(getattr(distiller.memory, name), getattr(memory, name))
 
 
 def test_the_index_says_which_images_these_are():

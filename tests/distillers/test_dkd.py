@@ -74,6 +74,27 @@ def test_weights_warmup_and_standardisation():
     assert not math.isnan(z.sum())
 
 
+def test_gradient_of_both_parts_through_standardisation():
+    torch.manual_seed(0)
+    distiller = DKD(MODELS["resnet8"](), MODELS["resnet14"](), alpha=2.0, beta=3.0, temperature=2.0,
+                    logit_standardization=True).eval()
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    logits, losses = distiller(images, targets)
+    z, prior = (standardize(x.detach().double()) for x in (logits, distiller.teacher(images)))
+    q, p, rows = (z / 2).softmax(1), (prior / 2).softmax(1), range(4)
+    q_target, p_target = q[rows, targets, None], p[rows, targets, None]
+    q[rows, targets], p[rows, targets] = 0, 0
+    q, p = q / (1 - q_target), p / (1 - p_target)  # of the other classes among themselves
+    of_tckd = -q
+    of_tckd[rows, targets] = 1
+    for name, of_z in ("tckd", 2 * (q_target - p_target) * of_tckd), ("nckd", 3 * (q - p)):
+        of_z = 2.0 * of_z / 4  # T, and the mean over the batch
+        of_logits = of_z - of_z.mean(1, keepdim=True) - z * (of_z * z).sum(1, keepdim=True) / 99  # K − 1
+        of_logits = of_logits / logits.double().std(1, keepdim=True)
+        (grad,) = torch.autograd.grad(losses[name], logits, retain_graph=True)
+        torch.testing.assert_close(grad.double(), of_logits, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("arguments", [{"temperature": 0.0}, {"beta": -1.0}, {"warmup_epochs": -1}])
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):

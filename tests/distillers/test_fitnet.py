@@ -28,7 +28,8 @@ def test_hint_loss_refuses_what_would_broadcast():
 ])
 def test_regressor_reaches_the_teachers_shape(student, teacher, kernel):
     module = regressor(student, teacher)
-    assert module[0].kernel_size == kernel and isinstance(module[1], nn.BatchNorm2d) and isinstance(module[2], nn.ReLU)
+    assert module[0].kernel_size == kernel and module[0].bias is not None  # as RepDistiller's
+    assert len(module) == 3 and isinstance(module[1], nn.BatchNorm2d) and isinstance(module[2], nn.ReLU)
     assert module(torch.randn(2, *student)).shape == (2, *teacher)
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillers.ickd import ICKD, channel_correlation, icc_loss
+from distillers.ickd import ICKD, channel_correlation, icc_loss, kd_loss
 from models import MODELS
 
 
@@ -78,6 +78,26 @@ def test_only_the_last_map_and_only_the_students_is_projected():
     assert list(losses) == ["ce", "icc"]  # without KL
     wide = ICKD(MODELS["plaincnn2"](), MODELS["plaincnn2"](), projector_kernel=3)
     assert wide.projector[0].weight.shape == (64, 64, 3, 3) and set(wide(images, targets)[1]) == {"ce", "kd", "icc"}
+
+
+def kl_in_float64(student, teacher, T):
+    """From the teacher to the student, times T²."""
+    q, p = ((z.double() / T).softmax(1) for z in (student, teacher))
+    return T**2 * (p * (p / q).log()).sum(1).mean().item()
+
+
+def test_its_copy_of_kd():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(5, 7, generator=generator) for _ in range(2))
+    assert kd_loss(student, teacher, 4.0).item() == pytest.approx(kl_in_float64(student, teacher, 4.0), rel=1e-5)
+    torch.manual_seed(0)
+    distiller = ICKD(MODELS["plaincnn2"](), MODELS["plaincnn4"](), kd_weight=3.0, temperature=2.0).eval()
+    with torch.no_grad():
+        distiller.teacher.fc.weight *= 20  # a teacher that is sure, for which the two directions differ
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    logits, losses = distiller(images, targets)
+    expected = 3 * kl_in_float64(logits, distiller.teacher(images), 2.0)
+    assert losses["kd"].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("arguments", [{"temperature": 0.0}, {"projector_kernel": 2}, {"icc_weight": -1.0}])

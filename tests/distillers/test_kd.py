@@ -89,3 +89,16 @@ def test_standardised_logits_do_not_depend_on_scale_or_shift():
     pair = [standardize(network(images)) for network in (distiller.student, distiller.teacher)]
     expected = 0.9 * kl_in_float64(*(z.detach() for z in pair), 2.0)
     assert distiller(images, targets)[1]["kd"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_through_standardisation():
+    """∂/∂z is that of the paper; from there to the logits by hand, past their mean and their deviation."""
+    torch.manual_seed(0)
+    distiller = KD(MODELS["plaincnn2"](), MODELS["plaincnn4"](), logit_standardization=True, temperature=2.0).eval()
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    own, losses = distiller(images, targets)
+    (grad,) = torch.autograd.grad(losses["kd"], own)
+    z, prior = (standardize(x.detach()).double() for x in (own, distiller.teacher(images)))
+    of_z = 0.9 * 2.0 * ((z / 2).softmax(1) - (prior / 2).softmax(1)) / 4
+    of_own = of_z - of_z.mean(1, keepdim=True) - z * (of_z * z).sum(1, keepdim=True) / 99  # K − 1
+    torch.testing.assert_close(grad.double(), of_own / own.double().std(1, keepdim=True), rtol=1e-3, atol=1e-6)

@@ -11,6 +11,8 @@ def test_the_margin_is_the_mean_of_what_is_negative():
     for i in range(3):
         assert margin(mean, std)[i].item() == pytest.approx(x[:, i][x[:, i] < 0].mean().item(), abs=5e-3)
     assert margin(mean, std)[3] == -3.0  # hardly ever negative
+    rare, rarer = margin(torch.tensor([3.08, 3.1]), torch.ones(2))  # negative in 0.00104 and in 0.00097 of all cases
+    assert -0.4 < rare < -0.2 and rarer == -3.0
     assert margin(torch.zeros(2), torch.zeros(2)).isfinite().all()
 
 
@@ -42,6 +44,27 @@ def test_the_batchnorm_before_each_relu(name, expected):
     assert [names[bn] for _, bn in found] == expected
     assert all(shape[0] == bn.num_features for shape, bn in found)
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_maps_of_other_sizes_and_widths():
+    """A student of 16, 48 and 160 channels on 8×8, 4×4 and 2×2, a teacher of 64, 128 and 256 on maps 4 times as large.
+
+    The last three of the student's four stages, then.
+    """
+    torch.manual_seed(0)
+    distiller = OFD(MODELS["mobilenetv2"](), MODELS["resnet8x4"](), ofd_weight=0.1).eval()
+    for (conv, bn), (mine, theirs) in zip(distiller.connectors, ((16, 64), (48, 128), (160, 256))):
+        assert conv.weight.shape == (theirs, mine, 1, 1) and conv.bias is None and bn.num_features == theirs
+        assert conv.weight.std().item() == pytest.approx((2 / theirs) ** 0.5, rel=0.1)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    s, t = (network(images, return_features=True)[1] for network in (distiller.student, distiller.teacher))
+    expected = 0
+    for i, (mine, theirs) in enumerate(zip(s["maps"][-3:], t["preacts"][-3:])):
+        B, C, H, W = theirs.shape
+        theirs = theirs.reshape(B, C, H // 4, 4, W // 4, 4).mean((3, 5))
+        loss = partial_l2(distiller.connectors[i](mine), theirs, getattr(distiller, f"margin{i}"))
+        expected = expected + (0.25, 0.5, 1.0)[i] * loss
+    assert distiller(images, targets)[1]["ofd"].item() == pytest.approx(0.1 * expected.item(), rel=1e-5)
 
 
 def test_weights_of_the_stages():

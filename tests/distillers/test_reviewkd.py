@@ -61,10 +61,17 @@ def test_from_the_deepest_level_to_the_shallowest(kind):
 def test_networks_of_different_depth_meet_at_the_deepest_level():
     distiller = ReviewKD(MODELS["vgg8"](), MODELS["resnet8x4"]())
     assert distiller.depth == 4 and distiller.fusions[3].expand[0].out_channels == 256
-    assert distiller.fusions[3].reduce[0].out_channels == 512  # at most
 
 
-@pytest.mark.parametrize("arguments", [{"review_weight": -1.0}, {"warmup_epochs": -1}])
+@pytest.mark.parametrize("student, arguments, width", [
+    ("resnet8", {}, 64), ("mobilenetv2", {}, 512), ("mobilenetv2", {"mid_channels": 24}, 24)])
+def test_the_width_between_the_levels_is_that_of_the_deepest_and_at_most_512(student, arguments, width):
+    distiller = ReviewKD(MODELS[student](), MODELS["resnet8x4"](), **arguments)
+    assert {fusion.reduce[0].out_channels for fusion in distiller.fusions} == {width}
+    assert distiller.fusions[-1].reduce[0].in_channels == {"resnet8": 64, "mobilenetv2": 1280}[student]
+
+
+@pytest.mark.parametrize("arguments", [{"review_weight": -1.0}, {"warmup_epochs": -1}, {"mid_channels": 0}])
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         ReviewKD(MODELS["plaincnn2"](), MODELS["plaincnn2"](), **arguments)

@@ -33,7 +33,24 @@ def test_images_that_are_the_same_have_finite_gradients():
     x = torch.zeros(4, 3, requires_grad=True)
     (distances(x).sum() + angles(x).sum()).backward()
     assert x.grad.isfinite().all()
+    torch.testing.assert_close(distances(x), 1 - torch.eye(4))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    x[3] = x[1]  # two that are the same among others
+    x.requires_grad_()
+    assert distances(x)[1, 3] < 1e-2 and not angles(x)[1, 3].any()
+    assert distances(x).sum().item() == pytest.approx(5 * 4)  # the two count in the mean, as in the authors' code
+    torch.testing.assert_close(angles(x), reference(x.detach())[1].float(), rtol=1e-4, atol=1e-5)
+    (distances(x).square().sum() + angles(x).sum()).backward()
+    assert x.grad.isfinite().all() and x.grad.any()
     assert distances(200 * torch.randn(4, 512).half()).isfinite().all()  # the squares overflow half precision
+
+
+def test_one_image_has_no_relations():
+    x = torch.randn(1, 3, requires_grad=True)
+    for relations in distances(x), angles(x):
+        assert not relations.any() and relations.isfinite().all()
+        relations.sum().backward()
+        assert not x.grad.any()
 
 
 def test_huber_on_the_pooled_features():

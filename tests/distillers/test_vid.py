@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Normal
 
 from distillers.vid import VID, VIDStage
@@ -22,9 +23,20 @@ def test_against_the_density_of_a_gaussian():
     assert stage(s, large).item() == pytest.approx(stage(s, pooled).item(), rel=1e-5)
 
 
+def test_the_regressor_is_three_convolutions_without_bias():
+    torch.manual_seed(0)
+    stage, s = VIDStage(3, 5), torch.randn(4, 3, 4, 4)
+    a, b, c = stage.mean.parameters()
+    assert (a.shape, b.shape, c.shape) == ((5, 3, 1, 1), (5, 5, 1, 1), (5, 5, 1, 1))
+    torch.testing.assert_close(stage.mean(s), F.conv2d(F.conv2d(F.conv2d(s, a).relu(), b).relu(), c))
+
+
 def test_the_variance_starts_where_it_is_asked_to_and_is_trained():
-    stage = VIDStage(3, 5, init_variance=5.0)
-    assert torch.allclose(torch.nn.functional.softplus(stage.alpha) + 1e-5, torch.full((5,), 5.0))
+    for variance in 5.0, 0.01, 1000.0:  # exp(1000) overflows
+        stage = VIDStage(3, 5, init_variance=variance)
+        assert torch.allclose(F.softplus(stage.alpha) + 1e-5, torch.full((5,), variance), rtol=1e-4)
+    for stage in VID(MODELS["resnet8"](), MODELS["resnet14"](), init_variance=2.0).stages:
+        assert torch.allclose(F.softplus(stage.alpha) + 1e-5, torch.tensor(2.0))
     distiller = VID(MODELS["resnet8"](), MODELS["resnet14"]())
     assert len(distiller.stages) == 3
     before = [stage.alpha.detach().clone() for stage in distiller.stages]
