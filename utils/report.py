@@ -96,22 +96,31 @@ def ranking(results, section, logs):
 
 
 def curves(section, logs):
-    """{kind of figure: (axes' labels, {label: (x, y)})}: accuracy, CKA and ratio, student over teacher."""
-    first = {key: seeds[0][1:] for key, seeds in logs.items() if seeds}
-    accuracy, ratio, teachers = {}, {}, {}
-    for key, entries in first.items():
+    """{kind of figure: (axes' labels, {panel: {label: [(x, y, style), …]}})}, of the first seed of each run.
+
+    Accuracy over epochs; CKA (solid) and ratio (dashed) over epochs, a panel a stage; students over teachers.
+    """
+    accuracy, stages, teachers = {}, {}, {}
+    for key, seeds in logs.items():
+        if not seeds:
+            continue
+        entries = seeds[0][1:]
         epochs = [entry["epoch"] for entry in entries]
-        accuracy[key] = epochs, [entry["top1"] for entry in entries]
+        accuracy[key] = [(epochs, [entry["top1"] for entry in entries], "-")]
         for column in entries[0]:
-            if column.startswith(("cka_", "ratio_")):
-                ratio[f"{key}: {column.replace('_', ', stage ')}"] = epochs, [entry[column] for entry in entries]
+            if column.startswith("cka_"):
+                stage = column.removeprefix("cka_")
+                stages.setdefault(f"stage {stage}", {})[key] = [
+                    (epochs, [entry[column] for entry in entries], "-"),
+                    (epochs, [entry[f"ratio_{stage}"] for entry in entries], "--")]
         method, _, teacher = key.partition("_")
         if teacher in section.get("teachers", ()):  # the run's name is method_teacher
-            point = section["teachers"][teacher], statistics.mean(log[-1]["top1"] for log in logs[key])
+            point = section["teachers"][teacher], statistics.mean(log[-1]["top1"] for log in seeds)
             teachers.setdefault(method, []).append(point)
-    teachers = {method: tuple(zip(*sorted(points))) for method, points in teachers.items()}
-    return {"accuracy": (("epoch", "top-1 in per cent"), accuracy), "ratio": (("epoch", "CKA and ratio"), ratio),
-            "teachers": (("teacher's top-1 in per cent", "student's"), teachers)}
+    teachers = {method: [(*zip(*sorted(points)), "o-")] for method, points in teachers.items()}
+    return {"accuracy": (("epoch", "top-1 in per cent"), {"": accuracy}),
+            "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), stages),
+            "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}
 
 
 def draw(results, name, section, logs):
@@ -123,14 +132,19 @@ def draw(results, name, section, logs):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for kind, ((x_label, y_label), lines) in curves(section, logs).items():
-        if len(lines) > 1:
-            figure, axes = pyplot.subplots(figsize=(6, 4))
-            for label, (x, y) in lines.items():
-                marker = "o" if kind == "teachers" else None
-                axes.plot(x, y, "--" if "ratio" in label else "-", label=label, marker=marker)
-            axes.set(xlabel=x_label, ylabel=y_label, title=section["title"])
-            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    colors = pyplot.get_cmap("tab20").colors
+    for kind, ((x_label, y_label), panels) in curves(section, logs).items():
+        labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+        if len(labels) > 1:
+            figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 1, 4), squeeze=False, sharey=True)
+            for axis, (panel, lines) in zip(axes[0], panels.items()):
+                for label, parts in lines.items():
+                    for i, (x, y, style) in enumerate(parts):
+                        axis.plot(x, y, style, color=colors[labels.index(label) % 20], label=None if i else label)
+                axis.set(xlabel=x_label, title=panel)
+            axes[0, 0].set_ylabel(y_label)
+            figure.suptitle(section["title"])
+            axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
             pyplot.close(figure)
 

@@ -100,8 +100,17 @@ def test_student_over_teacher():
     section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": 50.0}}
     logs = {key: [[{}, {"epoch": 1, "top1": top1}]] for key, top1 in
             [("kd_plaincnn10", 31.0), ("kd_plaincnn4", 30.0), ("dpk_plaincnn4", 33.0)]}
-    _, lines = report.curves(section, logs)["teachers"]
-    assert lines == {"kd": ((40.0, 50.0), (30.0, 31.0)), "dpk": ((40.0,), (33.0,))}  # from left to right
+    _, panels = report.curves(section, logs)["teachers"]
+    assert panels == {"": {"kd": [((40.0, 50.0), (30.0, 31.0), "o-")],  # from left to right
+                           "dpk": [((40.0,), (33.0,), "o-")]}}
+
+
+def test_cka_and_ratio_have_a_panel_a_stage():
+    log = [{}, *({"epoch": i, "top1": 1.0, "cka_1": 0.1 * i, "ratio_1": 0.9, "cka_2": 0.5, "ratio_2": 0.5}
+                 for i in (1, 2))]
+    _, panels = report.curves({}, {"dpk": [log], "kd": [[{}, {"epoch": 1, "top1": 1.0}]]})["ratio"]
+    assert panels["stage 1"] == {"dpk": [([1, 2], [0.1, 0.2], "-"), ([1, 2], [0.9, 0.9], "--")]}
+    assert list(panels) == ["stage 1", "stage 2"]
 
 
 def test_methods_by_teachers():
