@@ -292,7 +292,9 @@ def check_stage(stage):
 
 
 class DPK(nn.Module):
-    """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage (defaults: CIFAR-100).
+    """ce_weight · CE + kd_weight · KL + feature_weight · Σ weight · MSE of each stage.
+
+    The weights are by default those of the authors' code for CIFAR-100; those of their published runs are unknown.
 
     stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `patch`, the side of a
     token; `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.

@@ -1,4 +1,4 @@
-"""The published weights and hyper-parameters: in the constructors, and in the files of yaml/."""
+"""The published weights and hyper-parameters: in the constructors, and in the files for CIFAR-100."""
 
 import inspect
 from pathlib import Path

@@ -79,9 +79,7 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     for model in (student, teacher) if cfg.compile else ():
         if model is not None:
             model.compile()
-    # No buffers are sent in each step: of BatchNorm's, rank 0's are saved; CRD keeps its banks equal by itself.
-    run.model = run.distiller if world == 1 else DistributedDataParallel(
-        run.distiller, gradient_as_bucket_view=True, broadcast_buffers=False)
+    run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True) if world > 1 else run.distiller
     return run
 
 

@@ -35,6 +35,11 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
+def commit(git):
+    """A commit of the log, shortened; one with changes that were not committed stays marked."""
+    return git[:7] + "-dirty" * git.endswith("-dirty") if git else "unknown"
+
+
 def logs_of(results, name, section):
     """{key: [log of each finished seed]}, the keys in the order of the list."""
     logs = {key: [] for key in section["runs"]}
@@ -59,46 +64,41 @@ def table(name, section, logs):
                      spread([entry["best_top1"] for entry in last]), str(published.get(key, "–")),
                      duration(statistics.mean(sum(entry["seconds"] for entry in log[1:]) for log in seeds)),
                      ", ".join(dict.fromkeys(header["hardware"] for header in headers)),
-                     ", ".join(dict.fromkeys((header["git"] or "unknown")[:7] for header in headers))]
+                     ", ".join(dict.fromkeys(commit(header["git"]) for header in headers))]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     commands = [f"python {shlex.join(command)}    # {key}" for key, command in commands.items()]
     return [*lines, "", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>"]
 
 
-def by_teacher(section, logs):
-    """The lines of a table of methods by teachers, where a section has `teachers`; runs are <method>_<teacher>."""
+def by_teacher(results, section, logs):
+    """The lines of a table of teachers by methods, where a section has `teachers`; its runs are <method>_<teacher>.
+
+    In the order of rank_teachers.py and with its CKA, where the section names what it wrote, `ranking`.
+    """
     teachers = section.get("teachers", {})
-    if not teachers:
-        return []
-    heads = [f"{name} ({'not run' if top1 != top1 else f'{top1:.2f}'})" for name, top1 in teachers.items()]
-    lines = [f"| method | {' | '.join(heads)} |", "|---" * (1 + len(teachers)) + "|"]
-    for method in dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers):
-        cells = [[log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())] for teacher in teachers]
-        lines.append(f"| {method} | {' | '.join(spread(cell) if cell else 'not run' for cell in cells)} |")
-    return ["The student's top-1 by method and teacher (its own top-1):", "", *lines, ""]
-
-
-def ranking(results, section, logs):
-    """The lines of a table: what rank_teachers.py wrote to the file `ranking`, and the students of each teacher."""
     path = results / section.get("ranking", "")
-    if not path.is_file():
-        return []
-    methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in section["teachers"]))
-    lines = [f"| rank | teacher | top-1 | CKA of the last stage, before > after the probe | probe's top-1 | "
-             f"{' | '.join(methods)} |", "|---" * (5 + len(methods)) + "|"]
-    for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        students = [[log[-1]["top1"] for log in logs.get(f"{method}_{entry['teacher']}", ())] for method in methods]
-        cells = [entry["rank"], entry["teacher"], f"{entry['top1']:.2f}",
-                 f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}", f"{entry['probe_top1']:.2f}",
-                 *(spread(top1) if top1 else "not run" for top1 in students)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return ["The order of `rank_teachers.py`, and the students of each teacher:", "", *lines, ""]
+    ranks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    ranks = {entry["teacher"]: entry for entry in ranks if entry["teacher"] in teachers}
+    methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers))
+    heads = ["teacher", "top-1", *(["CKA, last stage, before > after its probe"] if ranks else []), *methods]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for teacher in ranks or teachers:
+        top1, entry = teachers[teacher], ranks.get(teacher)
+        cells = [teacher, "not run" if top1 is None else f"{top1:.2f}"]
+        cells += [f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}"] if entry else []
+        for method in methods:
+            seeds = [log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())]
+            cells.append(spread(seeds) if seeds else "not run" if f"{method}_{teacher}" in logs else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    order = ", in the order of `rank_teachers.py`" if ranks else ""
+    return [f"Top-1 of the student under each teacher{order}:", "", *lines, ""] if teachers else []
 
 
 def curves(section, logs):
-    """{kind of figure: (axes' labels, {panel: {label: [(x, y, style), …]}})}, of the first seed of each run.
+    """{kind of figure: (axes' labels, {panel: {label: [line, …]}})}, a line = (x, y, style).
 
-    Accuracy over epochs; CKA (solid) and ratio (dashed) over epochs, a panel a stage; students over teachers.
+    Of the first seed of each run, accuracy over epochs, and CKA (solid) and ratio (dashed), a panel a stage; the mean of
+    all seeds over the accuracy of the teacher.
     """
     accuracy, stages, teachers = {}, {}, {}
     for key, seeds in logs.items():
@@ -114,12 +114,12 @@ def curves(section, logs):
                     (epochs, [entry[column] for entry in entries], "-"),
                     (epochs, [entry[f"ratio_{stage}"] for entry in entries], "--")]
         method, _, teacher = key.partition("_")
-        if teacher in section.get("teachers", ()):  # the run's name is method_teacher
+        if section.get("teachers", {}).get(teacher) is not None:  # the run's name is method_teacher
             point = section["teachers"][teacher], statistics.mean(log[-1]["top1"] for log in seeds)
             teachers.setdefault(method, []).append(point)
     teachers = {method: [(*zip(*sorted(points)), "o-")] for method, points in teachers.items()}
     return {"accuracy": (("epoch", "top-1 in per cent"), {"": accuracy}),
-            "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), stages),
+            "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), dict(sorted(stages.items()))),
             "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}
 
 
@@ -135,7 +135,7 @@ def draw(results, name, section, logs):
     colors = pyplot.get_cmap("tab20").colors
     for kind, ((x_label, y_label), panels) in curves(section, logs).items():
         labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-        if len(labels) > 1:
+        if sum(len(lines) for panel in panels.values() for lines in panel.values()) > 1:
             figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 1, 4), squeeze=False, sharey=True)
             for axis, (panel, lines) in zip(axes[0], panels.items()):
                 for label, parts in lines.items():
@@ -144,7 +144,8 @@ def draw(results, name, section, logs):
                 axis.set(xlabel=x_label, title=panel)
             axes[0, 0].set_ylabel(y_label)
             figure.suptitle(section["title"])
-            axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+            handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+            axis.legend(handles.values(), handles, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
             pyplot.close(figure)
 
@@ -156,9 +157,9 @@ def report(path, figures=True):
         logs = logs_of(results, name, section)
         for key, run in section.get("teachers", {}).items():  # its accuracy in place of its name, once it is trained
             log = read_log(results / run / "log.jsonl")
-            section["teachers"][key] = log[-1]["top1"] if log[1:] else float("nan")
-        lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(section, logs),
-                  *ranking(results, section, logs), *table(name, section, logs), ""]
+            section["teachers"][key] = log[-1]["top1"] if log[1:] else None
+        lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(results, section, logs),
+                  *table(name, section, logs), ""]
         if figures:
             draw(results, name, section, logs)
         files = [f"{name}_{kind}.png" for kind in curves(section, logs)]

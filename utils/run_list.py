@@ -3,10 +3,11 @@
     python -m utils.run_list results/runs.yaml [--seconds 540] [--only gap,methods] [key.sub=value ...]
 
 The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds`, and `runs`, a mapping of names to a
-YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py.
-The first seed of all runs comes before the second seed of any. Overrides on the command line (data.root=…, device=…)
-are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call goes on with
-an unfinished one where it was left. Several processes may share a list, each call passing over the runs of the others.
+YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py. In the
+order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
+device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
+goes on with an unfinished one where it was left. A teacher of which only the results are there, not the weights, is
+trained again. Several processes may share a list: each passes over the runs of the others and those that need them.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def load_list(path):
     for name, section in sections.items():
         if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
+        if "ranking" in section and not section.get("teachers") or not isinstance(section.get("seeds", [0]), list):
+            raise ValueError(f"{path}: {name}: seeds is a list, and ranking needs teachers")
         if not isinstance(section["runs"], dict) or not all(isinstance(text, str) for text in section["runs"].values()):
             raise ValueError(f"{path}: {name}: runs: not a mapping of names to a YAML file and overrides")
     return sections
@@ -53,21 +56,36 @@ def runs_of(name, section):
     return runs
 
 
-def in_turn(sections, names):
-    """[(name of the run, its arguments)] of the sections `names`: section by section, the first seed of all first."""
-    rounds = {}
-    for name in names:
-        section = sections[name]
-        seeds = section.get("seeds", [0])
-        for run, _, seed, arguments in runs_of(name, section):
-            rounds.setdefault(seeds.index(seed), []).append((run, arguments))
-    return [entry for _, entries in sorted(rounds.items()) for entry in entries]
+def in_turn(sections):
+    """[(name of the run, its arguments)], section by section, the first seed of all before the second of any."""
+    runs = [(section.get("seeds", [0]).index(seed), run, arguments) for name, section in sections.items()
+            for run, _, seed, arguments in runs_of(name, section)]
+    return [(run, arguments) for _, run, arguments in sorted(runs, key=lambda entry: entry[0])]
 
 
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
     return len(lines) > 1 and config.exists() and lines[-1]["epoch"] == yaml.safe_load(config.read_text())["epochs"]
+
+
+def teacher_file(arguments):
+    """The file in which a run looks for its teacher, where its arguments say so; else ""."""
+    return next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("teacher.checkpoint=")), "")
+
+
+def unfinished(runs, makers, results, root):
+    """Those of `runs` that left no results, each behind the run that makes its teacher, where that file is missing.
+
+    makers: {file: (run, arguments)}. Results come with the code, weights do not.
+    """
+    queue = []
+    for run, arguments in runs:
+        if not finished(results / run):
+            maker = makers.get(teacher_file(arguments))
+            missing = maker and not (root / teacher_file(arguments)).exists()
+            queue += [entry for entry in ([maker] if missing else []) + [(run, arguments)] if entry not in queue]
+    return queue
 
 
 def main(argv=None):
@@ -78,20 +96,24 @@ def main(argv=None):
     parser.add_argument("--runs", default="runs", help="where the runs are kept, with their weights")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
-    results, deadline = Path(args.list).parent, time.monotonic() + args.seconds
+    root, results, deadline = Path(__file__).parents[1], Path(args.list).parent, time.monotonic() + args.seconds
     try:
         sections = load_list(args.list)
-        for name in args.only.split(",") if args.only else ():
+        only = args.only.split(",") if args.only else list(sections)
+        for name in only:
             if name not in sections:
                 raise ValueError(f"{args.list}: no section {name!r}; valid: {', '.join(sections)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for run, arguments in in_turn(sections, args.only.split(",") if args.only else sections):
-        if finished(results / run):
-            continue
-        mine = lock(Path(__file__).parents[1] / args.runs / f"{run}.lock")
-        if mine is None or finished(results / run):
+    makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in in_turn(sections)}
+    chosen = in_turn({name: section for name, section in sections.items() if name in only})
+    for run, arguments in unfinished(chosen, makers, results, root):
+        folder, teacher = root / args.runs / run, teacher_file(arguments)
+        if teacher in makers and not (root / teacher).exists():
+            continue  # another process is at it
+        mine = lock(folder.with_name(f"{run}.lock"))
+        if mine is None or finished(results / run) and (folder / "student.pth").exists():
             continue
         left = deadline - time.monotonic()
         if left < 30:
@@ -100,13 +122,12 @@ def main(argv=None):
         command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
         command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
         print("python", shlex.join(command), flush=True)
-        code = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[1]).returncode
+        code = subprocess.run([sys.executable, *command], cwd=root).returncode
         if code:
             return code
-        folder = Path(__file__).parents[1] / args.runs / run
         if not finished(folder):
             return 0  # stopped in time, or by a signal
-        for file in "log.jsonl", "config.yaml":
+        for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
             checkpoint.write(results / run / file, (folder / file).read_bytes())
     print("all runs of the list are finished, or another process is at them")
     return 0

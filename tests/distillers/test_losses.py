@@ -38,7 +38,7 @@ def vid_loss(s, t):
 
 
 MAP, LARGER, OTHER, LOGITS = (6, 3, 4, 4), (6, 5, 8, 8), (6, 9), (6, 7)
-OF_SINGLE_IMAGES = {  # name: loss, shapes of the student's and of the teacher's
+UNCHANGED_BY_REPETITION = {  # name: loss, shapes of the student's and of the teacher's
     "at": (at_loss, MAP, LARGER),
     "nst": (nst_loss, MAP, LARGER),
     "vid": (vid_loss, MAP, MAP),
@@ -47,13 +47,13 @@ OF_SINGLE_IMAGES = {  # name: loss, shapes of the student's and of the teacher's
     "dkd": (dkd_loss, LOGITS, LOGITS),
     "dist": (lambda s, t: sum(dist_losses(s, t, 30.0)), LOGITS, LOGITS),  # sure, but not of everything
 }
-OF_PAIRS_OF_IMAGES = {
+CHANGED_BY_REPETITION = {
     "sp": (sp_loss, MAP, LARGER),
     "pkt": (pkt_loss, LOGITS, OTHER),
     "rkd": (rkd_loss, LOGITS, OTHER),
     "cc": (cc_loss, LOGITS, LOGITS),
 }
-LOSSES = OF_SINGLE_IMAGES | OF_PAIRS_OF_IMAGES
+LOSSES = UNCHANGED_BY_REPETITION | CHANGED_BY_REPETITION
 
 
 def draw(name, scale=1.0):
@@ -87,7 +87,7 @@ def test_computed_in_float32_under_autocast(name, dtype):
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 alone is 4e-3 off
 
 
-@pytest.mark.parametrize("name", OF_SINGLE_IMAGES)
+@pytest.mark.parametrize("name", UNCHANGED_BY_REPETITION)
 def test_a_mean_over_the_images(name):
     loss, s, t = draw(name)
     twice = loss(*(x.repeat(2, *[1] * (x.dim() - 1)) for x in (s, t)))

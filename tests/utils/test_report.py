@@ -29,8 +29,8 @@ def listed(tmp_path):
 
 
 def write_run(results, name, accuracies, epochs=None):
-    (results / name).mkdir()
-    header = {"run": name, "hardware": "a machine", "git": "0123456789"}
+    (results / name).mkdir(parents=True, exist_ok=True)
+    header = {"run": name, "hardware": "a machine", "git": "0123456789-dirty"}
     entries = [{"epoch": i + 1, "top1": top1, "best_top1": max(accuracies[: i + 1]), "seconds": 1800.0,
                 "cka_2": 0.5, "ratio_2": 0.5} for i, top1 in enumerate(accuracies)]
     (results / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *entries]))
@@ -83,7 +83,7 @@ def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
     write_run(listed.parent, "small_first_s0", [10.0, 20.0], epochs=3)  # not finished
     lines = report.report(listed, figures=False).splitlines()
     assert "| first | not run | 0 |  | – |  |  |  |" in lines
-    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 30 min | a machine | 0123456 |" in lines
+    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 30 min | a machine | 0123456-dirty |" in lines
     assert any(line.startswith("python train_cifar.py --cfg yaml/ce_plaincnn2.yaml") for line in lines)
 
 
@@ -113,37 +113,71 @@ def test_cka_and_ratio_have_a_panel_a_stage():
     assert list(panels) == ["stage 1", "stage 2"]
 
 
-def test_methods_by_teachers():
-    section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": float("nan")}}
+def test_students_by_teacher_and_method(tmp_path):
+    section = {"teachers": {"plaincnn4": 40.0, "plaincnn10": None}}
     logs = {"alone": [[{}, {"top1": 29.0}]], "kd_plaincnn4": [[{}, {"top1": 30.0}], [{}, {"top1": 32.0}]],
             "kd_plaincnn10": [], "dpk_plaincnn10": [[{}, {"top1": 33.0}]]}
-    lines = report.by_teacher(section, logs)
-    assert "| method | plaincnn4 (40.00) | plaincnn10 (not run) |" in lines
-    assert "| kd | 31.00 ± 1.41 | not run |" in lines and "| dpk | not run | 33.00 |" in lines
-    assert not any("alone" in line for line in lines) and report.by_teacher({}, logs) == []
-
-
-def test_the_ranking_beside_the_students(tmp_path):
-    entry = {"rank": 1, "teacher": "plaincnn10", "top1": 57.0, "cka_before": [0.1, 0.25], "cka_after": [0.3, 0.5],
-             "probe_top1": 12.0}
-    (tmp_path / "r.jsonl").write_text(json.dumps(entry) + "\n")
-    section = {"teachers": {"plaincnn10": 57.0}, "ranking": "r.jsonl"}
-    logs = {"kd_plaincnn10": [[{}, {"top1": 33.0}]], "dpk_plaincnn10": []}
-    lines = report.ranking(tmp_path, section, logs)
-    assert "| 1 | plaincnn10 | 57.00 | 0.25 > 0.50 | 12.00 | 33.00 | not run |" in lines
-    assert report.ranking(tmp_path, {"teachers": {}}, logs) == []
+    lines = report.by_teacher(tmp_path, section, logs)
+    assert lines[2:] == ["| teacher | top-1 | kd | dpk |", "|---|---|---|---|",
+                         "| plaincnn4 | 40.00 | 31.00 ± 1.41 | – |", "| plaincnn10 | not run | not run | 33.00 |", ""]
+    assert report.by_teacher(tmp_path, {}, logs) == []
+    entry = {"cka_before": [0.1, 0.25], "cka_after": [0.3, 0.5]}
+    (tmp_path / "r.jsonl").write_text("".join(
+        json.dumps(entry | {"teacher": teacher}) + "\n" for teacher in ("plaincnn10", "plaincnn4", "resnet20")))
+    lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
+    assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 > 0.50 | not run | 33.00 |",
+                           "| plaincnn4 | 40.00 | 0.25 > 0.50 | 31.00 ± 1.41 | – |"]
 
 
 def test_first_seeds_come_first_in_all_sections():
     sections = {"a": {"seeds": [3, 5], "runs": {"x": "x.yaml", "y": "y.yaml"}}, "b": {"runs": {"z": "z.yaml"}}}
-    runs = [run for run, _ in run_list.in_turn(sections, ["a", "b"])]
+    runs = [run for run, _ in run_list.in_turn(sections)]
     assert runs == ["a_x_s3", "a_y_s3", "b_z_s0", "a_x_s5", "a_y_s5"]
-    assert [run for run, _ in run_list.in_turn(sections, ["b"])] == ["b_z_s0"]
+
+
+@pytest.fixture
+def teacher_and_student(tmp_path, monkeypatch):
+    """A list in which a run teaches another, and a train_cifar.py that does nothing but to leave its files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_list, "__file__", str(tmp_path / "utils/run_list.py"))
+    sections = {"teachers": {"title": "T", "runs": {"t": "t.yaml"}},
+                "students": {"title": "S", "runs": {"s": "s.yaml teacher.checkpoint=runs/teachers_t_s0/student.pth"}}}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/runs.yaml").write_text(yaml.safe_dump(sections))
+    trained = []
+
+    def fake(command, cwd):
+        name = next(a for a in command if a.startswith("name=")).removeprefix("name=")
+        trained.append(name)
+        write_run(cwd / "runs", name, [1.0, 2.0])
+        (cwd / "runs" / name / "student.pth").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run_list.subprocess, "run", fake)
+    return trained
+
+
+def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(teacher_and_student, tmp_path):
+    write_run(tmp_path / "results", "teachers_t_s0", [50.0])
+    assert run_list.main(["results/runs.yaml", "--only=students"]) == 0
+    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]
+    assert '"top1": 50.0' in (tmp_path / "results/teachers_t_s0/log.jsonl").read_text()
+    assert run_list.main(["results/runs.yaml"]) == 0
+    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]  # and not once more
+
+
+def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_student, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with held_by_another_process(tmp_path / "runs/teachers_t_s0.lock"):
+        assert run_list.main(["results/runs.yaml"]) == 0
+    assert teacher_and_student == []
 
 
 @pytest.mark.parametrize("text, words", [
     ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
-    ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping")])
+    ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping"),
+    ("a: {title: b, runs: {}, seeds: 3}", "seeds is a list"),
+    ("a: {title: b, runs: {}, ranking: x}", "ranking needs teachers")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
     (tmp_path / "runs.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -175,8 +209,9 @@ def test_every_run_of_our_lists_is_valid(path):
             assert (settings.name, settings.seed) == (run, seed)
             if seed == 0 and "full" not in path:  # those are the YAML files as they are, which another test builds
                 train_cifar.read_settings(ROOT / cfg, overrides)
-            if settings.teacher.checkpoint.startswith("runs/ce_"):
-                assert settings.distiller["name"] == "ce"  # all others name a run of the list, or a file that we have
+            teacher = run_list.teacher_file(overrides) or settings.teacher.checkpoint
+            if settings.distiller["name"] != "ce":  # made by an earlier run of the list, or a file that we have
+                assert teacher in {f"runs/{run}/student.pth" for run in names} or (ROOT / teacher).is_file()
         for teacher in section.get("teachers", {}).values():
             assert teacher in names  # trained before
     assert len(names) == len(set(names))
