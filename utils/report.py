@@ -97,8 +97,8 @@ def by_teacher(results, section, logs):
 def curves(section, logs):
     """{kind of figure: (axes' labels, {panel: {label: [line, …]}})}, a line = (x, y, style).
 
-    Of the first seed of each run, accuracy over epochs, and CKA (solid) and ratio (dashed), a panel a stage; the mean of
-    all seeds over the accuracy of the teacher.
+    Of the first seed of each run, accuracy over epochs, and CKA (solid) and ratio (dashed), a panel a stage; the mean
+    of all seeds over the accuracy of the teacher.
     """
     accuracy, stages, teachers = {}, {}, {}
     for key, seeds in logs.items():
