@@ -25,13 +25,18 @@ def test_the_example_of_a_copied_distiller_runs(tmp_path):
 
 
 def test_every_file_it_names_is_there():
-    named = set(re.findall(r"(?<![\w/])(?:yaml|checkpoints|tests|distillers|assets|models|utils)/[\w./]+\.\w+", README))
+    named = set(re.findall(r"(?<![\w/])(?:yaml|checkpoints|tests|distillers|assets|models|results|utils)/[\w./]+\.\w+", README))
     assert {"yaml/quickstart.yaml", "assets/method.svg"} <= named
     assert all((ROOT / name).exists() for name in named), named
 
 
 def test_every_method_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.M)) == set(DISTILLERS) - {"ce"}
+
+
+def test_its_table_of_our_runs_is_that_of_the_results():
+    rows = re.findall(r"^\| plaincnn\d+ .*", README, re.M)
+    assert len(rows) == 4 and all(row in (ROOT / "results/README.md").read_text().splitlines() for row in rows)
 
 
 def test_yaml_is_not_a_package():
