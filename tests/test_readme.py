@@ -25,7 +25,8 @@ def test_the_example_of_a_copied_distiller_runs(tmp_path):
 
 
 def test_every_file_it_names_is_there():
-    named = set(re.findall(r"(?<![\w/])(?:yaml|checkpoints|tests|distillers|assets|models|results|utils)/[\w./]+\.\w+", README))
+    folders = "yaml|checkpoints|tests|distillers|assets|models|results|utils"
+    named = set(re.findall(rf"(?<![\w/])(?:{folders})/[\w./]+\.\w+", README))
     assert {"yaml/quickstart.yaml", "assets/method.svg"} <= named
     assert all((ROOT / name).exists() for name in named), named
 
