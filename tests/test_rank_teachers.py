@@ -33,6 +33,7 @@ def test_the_most_accurate_first_and_the_faster_of_those_that_cannot_be_told_apa
     ranked = rank_teachers.rank(entries, 10000)
     assert [(e["teacher"], e["rank"]) for e in ranked] == [("fast", 1), ("slow", 2), ("weak", 3)]
     assert ranked[0]["reason"] == "0.50 below slow, within the error of 0.65, and 3.0 times as fast"
+    assert ranked[1]["reason"] == "0.50 above the first, within the error, but slower"
     ranked = rank_teachers.rank([entry("b", 69.0, 30.0), entry("a", 70.0, 10.0)], 10000)
     assert [e["teacher"] for e in ranked] == ["a", "b"]
     assert [e["reason"] for e in ranked] == ["the most accurate", "1.00 less accurate than the first"]

@@ -81,12 +81,13 @@ def by_teacher(results, section, logs):
     ranks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     ranks = {entry["teacher"]: entry for entry in ranks if entry["teacher"] in teachers}
     methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers))
-    heads = ["teacher", "top-1", *(["CKA, last stage, before > after its probe"] if ranks else []), *methods]
+    heads = ["teacher", "top-1", *(["CKA, last stage, before > after a probe", "its top-1"] if ranks else []), *methods]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for teacher in ranks or teachers:
         top1, entry = teachers[teacher], ranks.get(teacher)
         cells = [teacher, "not run" if top1 is None else f"{top1:.2f}"]
-        cells += [f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}"] if entry else []
+        if entry:
+            cells += [f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}", f"{entry['probe_top1']:.2f}"]
         for method in methods:
             seeds = [log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())]
             cells.append(spread(seeds) if seeds else "not run" if f"{method}_{teacher}" in logs else "–")

@@ -154,8 +154,10 @@ def test_attention_in_half_precision_on_a_cpu_is_the_fused_one(n):
         assert y.dtype == (torch.bfloat16 if half else torch.float32)
         y.float().square().sum().backward()
         results.append([y.float(), leaf.grad, attention.qkv.weight.grad.clone(), attention.q_bias.grad.clone()])
+    # Of a single token q has no gradient; the fused kernel leaves float32's rounding of the largest one there.
+    rounding = 1e-7 * max(fused.norm() for fused in results[1])
     for by_definition, fused in zip(*results):
-        assert (by_definition - fused).norm() <= 0.02 * fused.norm() + 1e-6  # bfloat16 has 8 bits: 0.004 a rounding
+        assert (by_definition - fused).norm() <= 0.02 * fused.norm() + rounding  # bfloat16 has 8 bits: 0.004 a rounding
 
 
 # ----------------------------------------------------------------------------------------------------------- a stage

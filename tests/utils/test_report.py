@@ -121,12 +121,12 @@ def test_students_by_teacher_and_method(tmp_path):
     assert lines[2:] == ["| teacher | top-1 | kd | dpk |", "|---|---|---|---|",
                          "| plaincnn4 | 40.00 | 31.00 ± 1.41 | – |", "| plaincnn10 | not run | not run | 33.00 |", ""]
     assert report.by_teacher(tmp_path, {}, logs) == []
-    entry = {"cka_before": [0.1, 0.25], "cka_after": [0.3, 0.5]}
+    entry = {"cka_before": [0.1, 0.25], "cka_after": [0.3, 0.5], "probe_top1": 12.0}
     (tmp_path / "r.jsonl").write_text("".join(
         json.dumps(entry | {"teacher": teacher}) + "\n" for teacher in ("plaincnn10", "plaincnn4", "resnet20")))
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
-    assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 > 0.50 | not run | 33.00 |",
-                           "| plaincnn4 | 40.00 | 0.25 > 0.50 | 31.00 ± 1.41 | – |"]
+    assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 > 0.50 | 12.00 | not run | 33.00 |",
+                           "| plaincnn4 | 40.00 | 0.25 > 0.50 | 12.00 | 31.00 ± 1.41 | – |"]
 
 
 def test_first_seeds_come_first_in_all_sections():
