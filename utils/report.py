@@ -81,7 +81,8 @@ def by_teacher(results, section, logs):
     ranks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     ranks = {entry["teacher"]: entry for entry in ranks if entry["teacher"] in teachers}
     methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers))
-    heads = ["teacher", "top-1", *(["CKA, last stage, before > after a probe", "probe's top-1"] if ranks else []), *methods]
+    probe = ["CKA, last stage, before > after a probe", "probe's top-1"] if ranks else []
+    heads = ["teacher", "top-1", *probe, *methods]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for teacher in ranks or teachers:
         top1, entry = teachers[teacher], ranks.get(teacher)
