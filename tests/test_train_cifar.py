@@ -270,6 +270,25 @@ def test_two_processes_are_one_run(config, tmp_path):
     assert "is finished" in two("name=stopped")
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc, on Linux")
+def test_no_thread_of_the_process_groups_is_left_at_the_end(config, tmp_path):
+    """One that still holds tensors aborts the program while the interpreter ends, now and then."""
+    (tmp_path / "ends.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_cifar
+code = train_cifar.main(sys.argv[1:])
+threads = [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
+assert code == 0 and not [name for name in threads if "gloo" in name], (code, threads)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29543",
+               str(tmp_path / "ends.py"), "--cfg", config(epochs=1, device="cpu")]
+    for arguments in [], ["name=stopped", "stop_after=0.1"]:
+        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
+                                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        assert result.returncode == 0, result.stderr
+
+
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """DDP over two gloo processes, half a batch each, against the whole batch; BatchNorm in eval mode.
 
@@ -298,6 +317,7 @@ for name in [name for name in DISTILLERS if name not in ("crd", "dpk")]:
     size = torch.stack([a.norm() for a in whole]).norm()
     for a, b in zip(whole, distiller.parameters()):
         assert (a - b.grad).norm() <= 1e-5 * a.norm() + 1e-6 * size, (name, (a - b.grad).norm(), a.norm(), size)
+del model  # it holds the group, whose threads must end before the interpreter does
 dist.destroy_process_group()
 '''
     (tmp_path / "two.py").write_text(code)

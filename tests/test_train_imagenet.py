@@ -414,6 +414,7 @@ for name in "ce", "kd", "fitnet", "ickd", "dpk":
     whole = torch.stack([a.norm() for a in both]).norm()
     for (key, b), a in zip(distiller.named_parameters(), both):
         assert (a - b.grad).norm() <= 1e-5 * a.norm() + 1e-6 * whole, (name, key, (a - b.grad).norm(), a.norm(), whole)
+del model  # it holds the group, whose threads must end before the interpreter does
 dist.destroy_process_group()
 '''
     (tmp_path / "two.py").write_text(code)

@@ -1,5 +1,6 @@
 """Leaving in time: SIGTERM, SIGINT and a time limit, and what all processes agree on after each step."""
 
+import functools
 import signal
 import time
 from datetime import timedelta
@@ -14,6 +15,12 @@ class Stopped(Exception):
     """The run was asked to stop, and nothing of it is lost."""
 
 
+def note(signals, number, frame):
+    """A handler that keeps the list alone, not the stopper: its process group is to end with the run."""
+    signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 class Stopper:
     """stop(now) after each step -> bool: is this run to stop here?
 
@@ -26,22 +33,18 @@ class Stopper:
     """
 
     def __init__(self, stop_after=0.0, timeout=None):
-        self.stop_after, self.signalled = stop_after, False
+        self.stop_after, self.signalled = stop_after, []
         self.asked, self.any_failed, self.total = False, False, 0
         self.group, self.exchanges = None, []
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout) if timeout else None)
         for number in signal.SIGTERM, signal.SIGINT:
-            signal.signal(number, self._signal)
-
-    def _signal(self, number, frame):
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, functools.partial(note, self.signalled))
 
     @property
     def due(self):
         """Whether this process alone was asked to stop."""
-        return self.signalled or 0 < self.stop_after < time.monotonic() - START
+        return bool(self.signalled) or 0 < self.stop_after < time.monotonic() - START
 
     def __call__(self, now=False, failed=False, count=0):
         flags = torch.tensor([self.due, failed, count], dtype=torch.int64)

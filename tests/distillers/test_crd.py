@@ -113,6 +113,7 @@ for step in range(3):  # two processes with two images each, as one has four
     module(s[mine], t[mine], targets[mine], index[mine])
 state = module.state_dict()
 torch.save(state, f"{sys.argv[1]}/{dist.get_world_size()}_{rank}.pth")
+dist.destroy_process_group()
 '''
 
 
