@@ -126,8 +126,8 @@ def curves(section, logs):
             "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}
 
 
-def draw(results, name, section, logs):
-    """The figures of a section as PNG files, where matplotlib is installed."""
+def draw(results, name, title, figures):
+    """What `curves` gave for a section as PNG files, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -136,7 +136,7 @@ def draw(results, name, section, logs):
     from matplotlib import pyplot
 
     colors = pyplot.get_cmap("tab20").colors
-    for kind, ((x_label, y_label), panels) in curves(section, logs).items():
+    for kind, ((x_label, y_label), panels) in figures.items():
         labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
         if sum(len(lines) for panel in panels.values() for lines in panel.values()) > 1:
             figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 1, 4), squeeze=False, sharey=True)
@@ -146,15 +146,15 @@ def draw(results, name, section, logs):
                         axis.plot(x, y, style, color=colors[labels.index(label) % 20], label=None if i else label)
                 axis.set(xlabel=x_label, title=panel)
             axes[0, 0].set_ylabel(y_label)
-            figure.suptitle(section["title"])
+            figure.suptitle(title)
             handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
             axis.legend(handles.values(), handles, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
             pyplot.close(figure)
 
 
-def report(path, figures=True):
-    """The text of README.md for the list `path`; draws the figures beside it."""
+def report(path, drawn=True):
+    """The text of README.md for the list `path`; draws the figures beside it, unless not `drawn`."""
     results, lines = Path(path).parent, [HEAD]
     for name, section in load_list(path).items():
         logs = logs_of(results, name, section)
@@ -163,9 +163,10 @@ def report(path, figures=True):
             section["teachers"][key] = log[-1]["top1"] if log[1:] else None
         lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(results, section, logs),
                   *table(name, section, logs), ""]
-        if figures:
-            draw(results, name, section, logs)
-        files = [f"{name}_{kind}.png" for kind in curves(section, logs)]
+        figures = curves(section, logs)
+        if drawn:
+            draw(results, name, section["title"], figures)
+        files = [f"{name}_{kind}.png" for kind in figures]
         lines += [f"![{Path(file).stem}]({file})\n" for file in files if (results / file).exists()]
     return "\n".join(lines)
 

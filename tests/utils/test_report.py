@@ -60,7 +60,7 @@ def test_runs_are_taken_one_after_the_other_and_leave_their_logs(listed, tmp_pat
         assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "log.jsonl"]
     assert run_list.main(arguments) == 0
     assert "train_cifar.py" not in capfd.readouterr().out
-    text = report.report(listed, figures=False)
+    text = report.report(listed, drawn=False)
     assert "not run" not in text and text.count("| 2 |") == 2
 
 
@@ -81,7 +81,7 @@ def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
     write_run(listed.parent, "small_second_s0", [10.0, 71.0, 70.0])
     write_run(listed.parent, "small_second_s1", [10.0, 69.0, 68.0])
     write_run(listed.parent, "small_first_s0", [10.0, 20.0], epochs=3)  # not finished
-    lines = report.report(listed, figures=False).splitlines()
+    lines = report.report(listed, drawn=False).splitlines()
     assert "| first | not run | 0 |  | – |  |  |  |" in lines
     assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 30 min | a machine | 0123456-dirty |" in lines
     assert any(line.startswith("python train_cifar.py --cfg yaml/ce_plaincnn2.yaml") for line in lines)
@@ -220,7 +220,7 @@ def test_every_run_of_our_lists_is_valid(path):
 @pytest.mark.parametrize("folder", ["results", "results/full"])
 def test_the_tables_follow_from_the_logs(tmp_path, folder):
     shutil.copytree(ROOT / folder, tmp_path / "copy")
-    assert report.report(tmp_path / "copy/runs.yaml", figures=False) == (ROOT / folder / "README.md").read_text()
+    assert report.report(tmp_path / "copy/runs.yaml", drawn=False) == (ROOT / folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("folder", ["results", "results/full"])
