@@ -22,7 +22,7 @@ from utils.config import help_text, load_config, section, setting
 from utils.data import Loader, load_data
 from utils.errors import InputError
 from utils.log import read_log
-from utils.optim import ConnectorSettings, OptimizerSettings
+from utils.optim import ConnectorSettings, OptimizerSettings, check_optimizers
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -86,6 +86,7 @@ def read_settings(path, overrides=()):
     cfg = load_config(Settings, path, overrides)
     cfg.name = cfg.name or Path(path).stem
     engine.check_distiller(cfg)
+    check_optimizers(cfg.optimizer, cfg.connectors)
     if cfg.distiller["name"] != "ce" and not (cfg.teacher.name and cfg.teacher.checkpoint):
         raise InputError("teacher", f"{cfg.distiller['name']} needs teacher.name and teacher.checkpoint; networks: "
                          f"{', '.join(MODELS)}")

@@ -1,7 +1,7 @@
 """Distil on ImageNet, or any tree of image files, from one YAML file, on one GPU or many.
 
     torchrun --nproc_per_node=8 train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml data.root=/data/imagenet
-    python train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml data.name=fake epochs=1 [key.sub=value ...]
+    python train_imagenet.py --cfg yaml/imagenet/kd_r34_r18.yaml data.name=fake teacher.accuracy=null epochs=1
     python train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml --eval IMAGENET1K_V1
 
 The same command again goes on where a run was stopped or killed.
@@ -21,7 +21,7 @@ from utils import checkpoint, distributed, engine
 from utils.config import help_text, load_config, section, setting
 from utils.errors import InputError
 from utils.images import Fake, ImageLoader, Images, Tree, one_line
-from utils.optim import ConnectorSettings, OptimizerSettings
+from utils.optim import ConnectorSettings, OptimizerSettings, check_optimizers
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -97,6 +97,7 @@ def read_settings(path, overrides=()):
     cfg = load_config(Settings, path, overrides)
     cfg.name = cfg.name or Path(path).stem
     engine.check_distiller(cfg)
+    check_optimizers(cfg.optimizer, cfg.connectors)
     if cfg.distiller["name"] != "ce" and not (cfg.teacher.name and cfg.teacher.weights):
         raise InputError("teacher", f"{cfg.distiller['name']} needs teacher.name and teacher.weights; networks: "
                          f"{', '.join(IMAGENET_MODELS)}")

@@ -49,18 +49,21 @@ def learning_rate(epoch, *, lr, epochs, schedule="step", milestones=(), gamma=0.
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_optimizers(distiller, student, connectors):
-    """{"student": SGD or AdamW} and, where the settings `connectors` ask for it, {"connectors": AdamW}.
-
-    `student` and `connectors` are the settings of those names. Otherwise the connectors are a group of their own in the
-    student's optimizer, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
-    Raises InputError for settings that the optimizers refuse.
-    """
+def check_optimizers(student, connectors):
+    """Raise InputError for settings `optimizer` and `connectors` that the optimizers would refuse."""
     if student.name == "sgd" and student.nesterov and not student.momentum:
         raise InputError("optimizer.nesterov", "needs a momentum; valid: false, or optimizer.momentum above 0")
     for key, betas in ("optimizer", student.betas), ("connectors", connectors.betas):
         if len(betas) != 2 or max(betas) >= 1:
             raise InputError(f"{key}.betas", f"{betas} is not valid; valid: two numbers below 1")
+
+
+def build_optimizers(distiller, student, connectors):
+    """{"student": SGD or AdamW} and, where the settings `connectors` ask for it, {"connectors": AdamW}.
+
+    `student` and `connectors` are the settings of those names. Otherwise the connectors are a group of their own in the
+    student's optimizer, with a weight decay of their own. Every parameter of the distiller is in exactly one group.
+    """
     own = {id(parameter) for parameter in distiller.student.parameters()}
     groups = [{"params": list(distiller.student.parameters()), "weight_decay": student.weight_decay}]
     rest = [parameter for parameter in distiller.parameters() if id(parameter) not in own]
@@ -74,6 +77,9 @@ def build_optimizers(distiller, student, connectors):
         first = torch.optim.AdamW(groups, lr=student.lr, betas=tuple(student.betas), fused=True)
     else:
         first = torch.optim.SGD(groups, lr=student.lr, momentum=student.momentum, nesterov=student.nesterov, fused=True)
+        for parameter in [p for group in groups for p in group["params"]] if student.momentum else ():
+            # Left to itself the fused kernel makes it in the first step, and without values where GradScaler skips it.
+            first.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return {"student": first} | optimizers
 
 
