@@ -25,7 +25,7 @@ def at_loss(student_map, teacher_map):
 
 
 class AT(nn.Module):
-    """ce_weight · CE + at_weight · Σ AT over the stages, all maps but the stem's; first with first, and so on.
+    """ce_weight · CE + at_weight · Σ AT over the stages, all maps but the stem's; last with last, and so on.
 
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "at": scalar}), weighted.
@@ -52,7 +52,7 @@ class AT(nn.Module):
         with torch.no_grad():
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        stages = zip(features["maps"][1:], teacher_features["maps"][1:])
+        stages = zip(features["maps"][:0:-1], teacher_features["maps"][:0:-1])  # from the last to the second
         return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "at": self.at_weight * sum(at_loss(*pair) for pair in stages),

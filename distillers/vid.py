@@ -46,7 +46,7 @@ class VIDStage(nn.Module):
 
 
 class VID(nn.Module):
-    """ce_weight · CE + vid_weight · Σ VID over the stages, all maps but the stem's; first with first, and so on.
+    """ce_weight · CE + vid_weight · Σ VID over the stages, all maps but the stem's; last with last, and so on.
 
     init_variance: of q, at the start. label_smoothing: of CE. image_size: side in pixels of the image on which the
     channels of the maps are read.
@@ -67,7 +67,7 @@ class VID(nn.Module):
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.vid_weight = ce_weight, vid_weight
-        shapes = zip(map_shapes(student, image_size)[1:], map_shapes(teacher, image_size)[1:])
+        shapes = zip(map_shapes(student, image_size)[:0:-1], map_shapes(teacher, image_size)[:0:-1])  # from the last on
         self.stages = nn.ModuleList(VIDStage(s[0], t[0], init_variance) for s, t in shapes)
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
@@ -78,7 +78,7 @@ class VID(nn.Module):
         with torch.no_grad():
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        stages = zip(self.stages, features["maps"][1:], teacher_features["maps"][1:])
+        stages = zip(self.stages, features["maps"][:0:-1], teacher_features["maps"][:0:-1])
         return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "vid": self.vid_weight * sum(stage(*pair) for stage, *pair in stages),

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from distillers import DISTILLERS
 from distillers.at import AT, at_loss, attention_map
+from distillers.nst import nst_loss
 from models import MODELS
 
 
@@ -39,3 +41,14 @@ def test_sum_over_the_stages():
     assert losses["at"].item() == pytest.approx(10 * sum(reference(s[i], t[i]) for i in (1, 2, 3)), rel=1e-4)
     with pytest.raises(ValueError, match="at_weight"):
         AT(MODELS["resnet8"](), MODELS["resnet14"](), at_weight=-1.0)
+
+
+@pytest.mark.parametrize(("method", "function"), [("at", at_loss), ("nst", nst_loss)])
+def test_last_with_last_where_one_network_has_more_maps(method, function):
+    torch.manual_seed(0)
+    distiller = DISTILLERS[method](MODELS["plaincnn2"](), MODELS["resnet8"](), **{f"{method}_weight": 1.0}).eval()
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    s, t = (network(images, return_features=True)[1]["maps"] for network in (distiller.student, distiller.teacher))
+    assert (len(s), len(t)) == (3, 4)
+    expected = function(s[1], t[2]) + function(s[2], t[3])
+    assert distiller(images, targets)[1][method].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -52,7 +52,7 @@ def test_sum_over_the_stages():
     distiller = VID(MODELS["resnet8"](), MODELS["resnet8x4"](), vid_weight=3.0).eval()
     images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
     s, t = (network(images, return_features=True)[1]["maps"] for network in (distiller.student, distiller.teacher))
-    expected = 3 * sum(stage(s[i + 1], t[i + 1]) for i, stage in enumerate(distiller.stages))
+    expected = 3 * sum(stage(s[-1 - i], t[-1 - i]) for i, stage in enumerate(distiller.stages))
     assert distiller(images, targets)[1]["vid"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
