@@ -58,6 +58,8 @@ def measure_cka(student, teacher, loader, autocast, batches=4):
     total = 0
     for step in range(min(batches, len(loader))):
         images, _ = loader.batch(0, step)
+        if step and len(images) < 4:  # CKA needs four: the rest of a split
+            break
         with autocast():
             maps = [network(images, return_features=True)[1]["maps"] for network in (student, teacher)]
         terms = []
@@ -92,11 +94,11 @@ def probe(cfg, student, teacher, loader, device, autocast, steps):
     stages = [{"student": s, "teacher": t, "weight": weight, "encoder": SIZE, "decoder": SIZE,
                "patch": max(maps[1][t].shape[2] // 8, 1)}  # some 8 × 8 tokens
               for (s, t), weight in zip(pairs, (0.6, 1.0)[-len(pairs):])]
-    torch.manual_seed(cfg.seed + 1)
+    torch.manual_seed((cfg.seed + 1) % 2**63)
     distiller = DPK(student, teacher, stages=stages, image_size=image.shape[2]).to(device).train()
     optimizers = build_optimizers(distiller, cfg.optimizer, ConnectorSettings(optimizer="adamw", lr=1e-3))
     for step in progress(range(min(steps or len(loader), len(loader))), "probe"):
-        torch.manual_seed(cfg.seed * 10**6 + step)
+        torch.manual_seed((cfg.seed * 10**6 + step) % 2**63)
         images, targets = loader.batch(0, step)
         with autocast():
             losses = distiller(images, targets)[1]
@@ -106,12 +108,11 @@ def probe(cfg, student, teacher, loader, device, autocast, steps):
             optimizer.zero_grad()
 
 
-def examine(cfg, path, data, device, steps):
-    """What is known of one teacher, as a dict."""
-    name, content = identify(path, len(data.classes))
+def examine(cfg, path, name, content, data, device, steps):
+    """What is known of one teacher, as a dict; its network and the file's content as `identify` gave them."""
     teacher = checkpoint.fill_network(build_network(name, len(data.classes), cfg, device), content, path, name,
                                       "CHECKPOINT").eval()
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed % 2**63)
     student = build_network(cfg.student.name, len(data.classes), cfg, device)
     train_loader, test_loader = build_loaders(cfg, data, 0, 1, device)
     autocast = engine.build_autocast(cfg.precision, device)
@@ -200,9 +201,18 @@ def main(argv=None):
         cfg = load_config(Settings, CFG, [f"student.name={args.student}", f"data.root={args.data}", *overrides])
         if not paths or args.steps < 0:
             raise InputError("CHECKPOINT" if not paths else "--steps", "none was given" if not paths else "is negative")
+        for key, file in ("--out", args.out), ("--figure", args.figure):
+            if file and not Path(file).parent.is_dir():
+                raise InputError(key, f"{file}: no such folder")
         device = engine.pick_device(cfg)
         data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
-        ranked = rank([examine(cfg, path, data, device, args.steps) for path in paths], len(data.test.labels))
+        found = {path: identify(path, len(data.classes)) for path in paths}
+        entries = [examine(cfg, path, *found[path], data, device, args.steps) for path in found]
+        names = [entry["teacher"] for entry in entries]
+        for entry in entries:
+            if names.count(entry["teacher"]) > 1:
+                entry["teacher"] += f" ({entry['checkpoint']})"
+        ranked = rank(entries, len(data.test.labels))
         print(table(ranked))
         if args.out:
             checkpoint.write(args.out, "".join(json.dumps(entry) + "\n" for entry in ranked))

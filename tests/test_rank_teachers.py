@@ -1,13 +1,14 @@
 """The ranking of teachers: what is measured, the order, and the whole command."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import rank_teachers
 from models import MODELS
-from utils import checkpoint
+from utils import checkpoint, engine
 
 SETTINGS = ["data.name=synthetic", "data.samples=300", "device=cpu", "precision=fp32"]
 
@@ -72,6 +73,29 @@ def test_the_whole_command(files, tmp_path, capsys):
         assert again[e["teacher"]]["cka_before"] == e["cka_before"] and again[e["teacher"]]["top1"] == e["top1"]
 
 
+def test_two_files_of_one_network_are_told_apart(files, capsys):
+    assert rank_teachers.main(["--student", "plaincnn2", files[0], "nowhere.pth", *SETTINGS]) == 2
+    printed = capsys.readouterr()
+    assert "is missing" in printed.err and not printed.out  # all files are looked at before the first is examined
+    second = files[0].replace("plaincnn4", "again")
+    shutil.copy(files[0], second)
+    assert rank_teachers.main(["--student", "plaincnn2", files[0], second, *SETTINGS, "--steps", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"plaincnn4 ({files[0]})" in text and f"plaincnn4 ({second})" in text
+
+
+def test_cka_leaves_out_a_rest_of_fewer_than_four_images():
+    class Batches(list):
+        def batch(self, epoch, step):
+            return self[step], None
+
+    torch.manual_seed(0)
+    student, teacher, images = MODELS["plaincnn2"](), MODELS["plaincnn4"]().eval(), torch.randn(8, 3, 32, 32)
+    autocast = engine.build_autocast("fp32", images.device)
+    expected = rank_teachers.measure_cka(student, teacher, Batches([images]), autocast)
+    assert rank_teachers.measure_cka(student, teacher, Batches([images, images[:2]]), autocast) == expected
+
+
 def test_the_figure_where_matplotlib_is_installed(tmp_path):
     pytest.importorskip("matplotlib")
     rank_teachers.draw([entry("a", 70.0, 1.0) | {"rank": 1}], tmp_path / "a.png")
@@ -83,6 +107,7 @@ def test_the_figure_where_matplotlib_is_installed(tmp_path):
     (["data.name=cifar10"], ["CHECKPOINT", "none was given"]),
     (["--student", "resnet21", "a.pth"], ["student.name", "resnet20"]),
     (["a.pth", "data.size=x"], ["data.size"]),
+    (["a.pth", "--out", "nowhere/a.jsonl"], ["--out", "nowhere/a.jsonl"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert rank_teachers.main([*arguments, *SETTINGS] if "nowhere.pth" in arguments else arguments) == 2

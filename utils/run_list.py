@@ -6,12 +6,14 @@ The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds
 YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py. In the
 order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
 device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
-goes on with an unfinished one where it was left. A teacher of which only the results are there, not the weights, is
-trained again. Several processes may share a list: each passes over the runs of the others and those that need them.
+goes on with an unfinished one where it was left, as after Ctrl-C. A teacher of which only the results are there, not
+the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a list: each
+passes over the runs of the others and those that need them.
 """
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,10 +22,19 @@ from pathlib import Path
 import yaml
 
 from utils import checkpoint
+from utils.errors import InputError
 from utils.log import read_log
 from utils.state import lock
 
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
+
+
+def is_command(text):
+    """Whether this is a YAML file with overrides, as a shell would read it."""
+    try:
+        return bool(shlex.split(text))
+    except (ValueError, AttributeError, TypeError):  # an open quote; no text
+        return False
 
 
 def load_list(path):
@@ -39,8 +50,13 @@ def load_list(path):
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
         if "ranking" in section and not section.get("teachers") or not isinstance(section.get("seeds", [0]), list):
             raise ValueError(f"{path}: {name}: seeds is a list, and ranking needs teachers")
-        if not isinstance(section["runs"], dict) or not all(isinstance(text, str) for text in section["runs"].values()):
+        if not isinstance(section["runs"], dict) or not all(map(is_command, section["runs"].values())):
             raise ValueError(f"{path}: {name}: runs: not a mapping of names to a YAML file and overrides")
+        common, teachers = section.get("common", []), section.get("teachers", {})
+        if not isinstance(common, list) or not all(isinstance(text, str) for text in common):
+            raise ValueError(f"{path}: {name}: common: not a list of overrides")
+        if not isinstance(teachers, dict):
+            raise ValueError(f"{path}: {name}: teachers: not a mapping of names to runs")
     return sections
 
 
@@ -66,7 +82,8 @@ def in_turn(sections):
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
-    return len(lines) > 1 and config.exists() and lines[-1]["epoch"] == yaml.safe_load(config.read_text())["epochs"]
+    settings = yaml.safe_load(config.read_text()) if len(lines) > 1 and config.exists() else None
+    return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
 
 
 def teacher_file(arguments):
@@ -106,13 +123,22 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in in_turn(sections)}
-    chosen = in_turn({name: section for name, section in sections.items() if name in only})
+    def entries(sections):  # a list says runs/… of the teachers that it trains
+        return [(run, [a.replace("teacher.checkpoint=runs/", f"teacher.checkpoint={args.runs}/") for a in arguments])
+                for run, arguments in in_turn(sections)]
+
+    makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
+    chosen = entries({name: section for name, section in sections.items() if name in only})
+    failed = []
     for run, arguments in unfinished(chosen, makers, results, root):
         folder, teacher = root / args.runs / run, teacher_file(arguments)
         if teacher in makers and not (root / teacher).exists():
             continue  # another process is at it
-        mine = lock(folder.with_name(f"{run}.lock"))
+        try:
+            mine = lock(folder.with_name(f"{run}.lock"))
+        except InputError as error:
+            print(f"error: --runs: {error}", file=sys.stderr)
+            return 2
         if mine is None or finished(results / run) and (folder / "student.pth").exists():
             continue
         left = deadline - time.monotonic()
@@ -122,13 +148,21 @@ def main(argv=None):
         command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
         command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
         print("python", shlex.join(command), flush=True)
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which saves and leaves
         code = subprocess.run([sys.executable, *command], cwd=root).returncode
+        signal.signal(signal.SIGINT, before)
+        if code == 1:  # a loss that is not finite concerns this run alone
+            failed.append(run)
+            continue
         if code:
             return code
         if not finished(folder):
             return 0  # stopped in time, or by a signal
         for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
             checkpoint.write(results / run / file, (folder / file).read_bytes())
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+        return 1
     print("all runs of the list are finished, or another process is at them")
     return 0
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +129,12 @@ def test_students_by_teacher_and_method(tmp_path):
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
     assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 > 0.50 | 12.00 | not run | 33.00 |",
                            "| plaincnn4 | 40.00 | 0.25 > 0.50 | 12.00 | 31.00 ± 1.41 | – |"]
+    (tmp_path / "r.jsonl").write_text(json.dumps(entry | {"teacher": "plaincnn10"}) + "\n")
+    lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
+    assert lines[5] == "| plaincnn4 | 40.00 | – | – | 31.00 ± 1.41 | – |"  # not ranked, and there all the same
+    (tmp_path / "r.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="r.jsonl"):
+        report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
 
 
 def test_first_seeds_come_first_in_all_sections():
@@ -147,10 +155,10 @@ def teacher_and_student(tmp_path, monkeypatch):
     trained = []
 
     def fake(command, cwd):
-        name = next(a for a in command if a.startswith("name=")).removeprefix("name=")
+        name, runs = (next(a for a in command if a.startswith(key)).removeprefix(key) for key in ("name=", "runs="))
         trained.append(name)
-        write_run(cwd / "runs", name, [1.0, 2.0])
-        (cwd / "runs" / name / "student.pth").touch()
+        write_run(cwd / runs, name, [1.0, 2.0])
+        (cwd / runs / name / "student.pth").touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(run_list.subprocess, "run", fake)
@@ -166,6 +174,23 @@ def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(tea
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]  # and not once more
 
 
+def test_runs_may_be_kept_elsewhere(teacher_and_student, tmp_path):
+    assert run_list.main(["results/runs.yaml", "--only=students", "--runs=elsewhere"]) == 0
+    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_is_for_the_run(teacher_and_student, monkeypatch):
+    fake, before = run_list.subprocess.run, signal.getsignal(signal.SIGINT)
+
+    def run(command, cwd):
+        os.kill(os.getpid(), signal.SIGINT)
+        return fake(command, cwd)
+
+    monkeypatch.setattr(run_list.subprocess, "run", run)
+    assert run_list.main(["results/runs.yaml"]) == 0
+    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and signal.getsignal(signal.SIGINT) == before
+
+
 def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_student, tmp_path):
     (tmp_path / "runs").mkdir()
     with held_by_another_process(tmp_path / "runs/teachers_t_s0.lock"):
@@ -173,10 +198,32 @@ def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_s
     assert teacher_and_student == []
 
 
+def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_student, monkeypatch, capsys):
+    fake = run_list.subprocess.run
+    codes = {"teachers_t_s0": 1, "other_o_s0": 0}
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+
+    def run(command, cwd):
+        code = codes[next(a for a in command if a.startswith("name=")).removeprefix("name=")]
+        return subprocess.CompletedProcess(command, code) if code else fake(command, cwd)
+
+    monkeypatch.setattr(run_list.subprocess, "run", run)
+    assert run_list.main(["results/runs.yaml"]) == 1
+    assert teacher_and_student == ["other_o_s0"] and "failed: teachers_t_s0" in capsys.readouterr().out
+    codes["teachers_t_s0"] = 2  # bad input, most likely that of all runs
+    assert run_list.main(["results/runs.yaml"]) == 2
+
+
 @pytest.mark.parametrize("text, words", [
     ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
     ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {}, seeds: 3}", "seeds is a list"),
+    ("a: {title: b, runs: {}, common: epochs=1}", "common: not a list"),
+    ("a: {title: b, runs: {c: \"x.yaml 'd\"}}", "a: runs: not a mapping"),
+    ("a: {title: b, runs: {c: ''}}", "a: runs: not a mapping"),
+    ("a: {title: b, runs: {}, teachers: [c]}", "teachers: not a mapping"),
     ("a: {title: b, runs: {}, ranking: x}", "ranking needs teachers")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
     (tmp_path / "runs.yaml").write_text(text)
