@@ -233,6 +233,66 @@ def test_a_non_finite_loss_stops_with_its_name_and_keeps_the_checkpoint(config, 
     assert train_cifar.main(["--cfg", path]) == 0
 
 
+def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, capsys):
+    assert train_cifar.main(["--cfg", config("ce", teacher={}, save_every=1, optimizer={"lr": 1e45})]) == 1
+    error = capsys.readouterr().err
+    assert "the weights are not finite after epoch 1, step 1" in error and "latest.pth" not in error
+    assert not (tmp_path / "runs/run/latest.pth").exists()
+
+
+def test_a_distiller_that_registers_its_teacher_is_refused(config, capsys, monkeypatch):
+    class Holds(train_cifar.DISTILLERS["kd"]):
+        def __init__(self, student, teacher):
+            super().__init__(student, teacher)
+            self.held = teacher
+
+    monkeypatch.setitem(train_cifar.DISTILLERS, "kd", Holds)
+    assert train_cifar.main(["--cfg", config("kd")]) == 2
+    assert "kd holds the teacher as a module" in capsys.readouterr().err
+
+
+def test_the_lock_comes_before_the_state_that_another_process_may_be_saving(config, tmp_path, capsys):
+    path = config("kd", epochs=1)
+    (tmp_path / "runs/run").mkdir(parents=True)
+    (tmp_path / "runs/run/latest.pth").write_text("half written")
+    code = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from utils.state import lock
+file = lock(pathlib.Path({str(tmp_path / "runs/run/.lock")!r}))
+print("locked", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert train_cifar.main(["--cfg", path]) == 2
+        other.kill()
+    assert "another process is at" in capsys.readouterr().err
+
+
+def test_a_state_that_does_not_fit_is_one_line(config, capsys):
+    path = config("ce", teacher={}, epochs=1)
+    assert train_cifar.main(["--cfg", path, "stop_after=0.0001"]) == 0
+
+    load_data = train_cifar.load_data
+
+    def ten_classes(*args, **kwargs):
+        return load_data(*args, **kwargs)._replace(classes=[str(i) for i in range(10)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_cifar, "load_data", ten_classes)
+        assert train_cifar.main(["--cfg", path]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "latest.pth does not fit" in error and "size mismatch" in error
+
+
+def test_bad_optimizers_are_found_before_the_teacher_is_trained(config, tmp_path, capsys):
+    path = config("kd", teacher={"name": "plaincnn4", "checkpoint": str(tmp_path / "none.pth"), "train": True,
+                                 "cfg": config("ce", name="teacher.yaml", student={"name": "plaincnn4"}, teacher={})})
+    assert train_cifar.main(["--cfg", path, "connectors.betas=[0.9,1.5]"]) == 2
+    assert "connectors.betas" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_a_seed_may_be_any_number_and_a_lost_log_is_no_error(config, tmp_path):
     path = config("kd", epochs=1, seed=2**64)
     assert train_cifar.main(["--cfg", path]) == 0

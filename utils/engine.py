@@ -19,7 +19,7 @@ from utils.log import Table, one_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
-from utils.stopping import Stopped, Stopper
+from utils.stopping import SIGNALLED, Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
 
@@ -60,9 +60,13 @@ def build_distiller(cfg, student, teacher, **known):
         if key in inspect.signature(distiller).parameters:
             arguments.setdefault(key, value)
     try:
-        return distiller(student, teacher, **arguments)
+        built = distiller(student, teacher, **arguments)
     except ValueError as error:
         raise InputError("distiller", str(error)) from None
+    if teacher is not None and teacher in list(built.modules()):
+        raise InputError("distiller", f"{cfg.distiller['name']} holds the teacher as a module: train() would move its "
+                         "BatchNorm, checkpoints would contain it; distillers/kd.py shows how to hold it")
+    return built
 
 
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1):
@@ -79,11 +83,22 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     for model in (student, teacher) if cfg.compile else ():
         if model is not None:
             model.compile()
-    run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True) if world > 1 else run.distiller
+    run.model = run.distiller
+    if world > 1:
+        run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True)
+        # Not rank 0's buffers to all in every step: `evaluate` does so with BatchNorm's, and CRD's banks are the same
+        # everywhere as it is. (The argument is deprecated from torch 2.14 on, the attribute is not.)
+        run.model.broadcast_buffers = False
     return run
 
 
 # --------------------------------------------------------------------------------------------------------- one epoch
+
+
+def weights_failure(run, epoch, step):
+    """What to say of weights and buffers that are not all finite, or "": before they are saved."""
+    finite = [value.isfinite().all() for value in run.distiller.state_dict().values() if value.is_floating_point()]
+    return "" if torch.stack(finite).all() else f"the weights are not finite after epoch {epoch + 1}, step {step}"
 
 
 def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
@@ -91,11 +106,12 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
 
     A step is `run.accumulate` batches of each process. Rows go to `table`; clock["waited"] counts the seconds spent
     waiting for data. Every cfg.save_every steps save(step) is called.
-    Raises FloatingPointError for a loss that is not finite, InputError where too much of the data cannot be read.
+    Raises FloatingPointError for a loss, or weights to be saved, that are not finite, InputError where too much of the
+    data cannot be read.
     """
     run.model.train()
     loader, metrics = run.train_loader, getattr(run.distiller, "metrics", {})
-    batches, done, steps, failure = loader.epoch(epoch, first_step), first_step, len(loader), None
+    batches, done, steps, failure = loader.epoch(epoch, first_step), first_step, len(loader), ""
     for step in progress(range(first_step, steps), f"epoch {epoch + 1}/{cfg.epochs}"):
         # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
         torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
@@ -119,13 +135,13 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
         save_now = cfg.save_every and done % cfg.save_every == 0
         now = done == steps or save_now
         if now or done % cfg.log_every == 0:
-            failure = failure or table.failure(done, epoch)
-        stopping = stop(now, failed=failure is not None, count=loader.unreadable)
+            failure = failure or table.failure(done, epoch) or now and weights_failure(run, epoch, done)
+        stopping = stop(now, failed=bool(failure), count=loader.unreadable)
         if stopping:  # nobody saves before all have looked at their losses
-            failure = failure or table.failure(done, epoch)
-            stop(now=True, failed=failure is not None, count=loader.unreadable)
+            failure = failure or table.failure(done, epoch) or weights_failure(run, epoch, done)
+            stop(now=True, failed=bool(failure), count=loader.unreadable)
         if stop.any_failed:
-            raise failure or FloatingPointError("a loss of another process is not finite")
+            raise FloatingPointError(failure or "a loss of another process is not finite")
         if stop.total:
             loader.check(stop.total)
         if stopping:
@@ -170,10 +186,11 @@ def evaluate(model, loader, autocast, stop=None):
 def check_teacher(cfg, run, say, stop):
     """Print the teacher's accuracy; stop where it is not what the settings promise."""
     top1, _ = evaluate(run.teacher, run.test_loader, run.autocast, stop)
-    say(f"teacher {cfg.teacher.name} from {run.teacher_file}: top-1 {top1:.2f}")
+    say(f"teacher {cfg.teacher.name} from {run.teacher_file}: top-1 {top1:.2f} in {cfg.precision}")
     if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
         raise InputError("teacher.accuracy", f"{run.teacher_file} has top-1 {top1:.2f}, more than 0.5 below "
-                         f"{cfg.teacher.accuracy}: another file, other data, or another normalisation?")
+                         f"{cfg.teacher.accuracy}: another file, other data, or another normalisation? "
+                         "teacher.accuracy=null goes on without this check")
 
 
 def train(cfg, set_up, ignored, timeout=None):
@@ -186,6 +203,9 @@ def train(cfg, set_up, ignored, timeout=None):
     folder = Path(cfg.runs, cfg.name)
     rank, world, device = distributed.start(pick_device(cfg), timeout)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    locked = lock(folder / ".lock") if rank == 0 else True  # before the state is read, which another may be saving
+    if not locked:
+        raise InputError("name", f"another process is at {folder}; wait for it, or give another name=...")
     state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
     if not distributed.is_the_same(state["epoch"] * 10**9 + state["step"] if state else -1, device):
         raise InputError("runs", f"not all processes see the same {folder}; valid: a folder that all nodes share")
@@ -195,9 +215,6 @@ def train(cfg, set_up, ignored, timeout=None):
         return last
 
     run = set_up(cfg, rank, world, device)
-    locked = lock(folder / ".lock") if rank == 0 else True
-    if not locked:
-        raise InputError("name", f"another process is at {folder}; wait for it, or give another name=...")
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)
     say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "
@@ -208,10 +225,15 @@ def train(cfg, set_up, ignored, timeout=None):
     clock = {"seconds": 0.0, "waited": 0.0, "unreadable": 0}  # of this epoch, as saved
     if state:
         epoch, step, best, clock, saved_table = (state[k] for k in ("epoch", "step", "best", "clock", "table"))
-        restore(run, state)
+        try:
+            restore(run, state)
+        except (RuntimeError, ValueError) as error:
+            raise InputError("name", f"{folder}/latest.pth does not fit ({' '.join(str(error).split())}): other "
+                             "classes than before? To start another run give another name=...") from None
         say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
     if rank == 0:
         open_log(cfg, folder, state, world, device)
+    state = None  # as large as all weights and optimizers
     writer = tensorboard_writer(folder) if cfg.tensorboard and rank == 0 else None
 
     def save(step):  # where the loop below stands
@@ -233,7 +255,8 @@ def train(cfg, set_up, ignored, timeout=None):
         try:
             step = train_one_epoch(cfg, run, epoch, step, table, clock, stop, save)
         except FloatingPointError as error:
-            raise FloatingPointError(f"{folder}: {error}; latest.pth there is as of the last good save") from None
+            saved = "; latest.pth there is as of the last good save" if (folder / "latest.pth").exists() else ""
+            raise FloatingPointError(f"{folder}: {error}{saved}") from None
         save(step)
         if stop.asked:
             raise Stopped(f"{folder}: saved at epoch {epoch + 1}, step {step}; the same command goes on from there")
@@ -267,6 +290,7 @@ def train(cfg, set_up, ignored, timeout=None):
 
 def exit_code(path, action):
     """0 after action(); bad input and a loss that is not finite become a line on stderr, and 2 and 1."""
+    SIGNALLED.clear()
     try:
         action()
     except InputError as error:

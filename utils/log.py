@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from utils import checkpoint, distributed
@@ -43,7 +44,8 @@ class Table:
         self.steps, self.device = steps, device
         self.names, self.losses, self.rows = [], 0, None
         if saved:
-            self.names, self.losses, self.rows = saved["names"], saved["losses"], saved["rows"].to(device)
+            self.names, self.losses, rows = saved["names"], saved["losses"], saved["rows"].to(device)
+            self.rows = F.pad(rows, (0, 0, 0, max(steps - len(rows), 0)))  # other processes may be other steps an epoch
 
     def write(self, step, losses, metrics, correct, n):
         """Add n images to row `step`: everything times n, so that batches and processes can be summed."""
@@ -59,13 +61,12 @@ class Table:
             self.rows.zero_()
 
     def failure(self, steps, epoch):
-        """A FloatingPointError for the first loss of the first `steps` that is not finite, or None."""
+        """What to say of the first loss of the first `steps` that is not finite, or ""."""
         bad = (~self.rows[:steps, :self.losses].isfinite()).nonzero()
         if len(bad):
             step, column = bad[0].tolist()
-            return FloatingPointError(
-                f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}")
-        return None
+            return f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}"
+        return ""
 
     def images(self):
         """How many images the rows hold."""

@@ -1,6 +1,5 @@
 """Leaving in time: SIGTERM, SIGINT and a time limit, and what all processes agree on after each step."""
 
-import functools
 import signal
 import time
 from datetime import timedelta
@@ -9,15 +8,16 @@ import torch
 import torch.distributed as dist
 
 START = time.monotonic()  # of the program, teacher's training included
+SIGNALLED = []  # by which signals, of all runs of the program: one between a teacher's and its student's counts
 
 
 class Stopped(Exception):
     """The run was asked to stop, and nothing of it is lost."""
 
 
-def note(signals, number, frame):
-    """A handler that keeps the list alone, not the stopper: its process group is to end with the run."""
-    signals.append(number)
+def note(number, frame):
+    """The handler, which keeps no stopper alive: its process group is to end with the run."""
+    SIGNALLED.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
@@ -33,13 +33,13 @@ class Stopper:
     """
 
     def __init__(self, stop_after=0.0, timeout=None):
-        self.stop_after, self.signalled = stop_after, []
+        self.stop_after, self.signalled = stop_after, SIGNALLED
         self.asked, self.any_failed, self.total = False, False, 0
         self.group, self.exchanges = None, []
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout) if timeout else None)
         for number in signal.SIGTERM, signal.SIGINT:
-            signal.signal(number, functools.partial(note, self.signalled))
+            signal.signal(number, note)
 
     @property
     def due(self):

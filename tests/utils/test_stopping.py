@@ -12,6 +12,7 @@ from utils.stopping import Stopper
 def own_signals():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
+    stopping.SIGNALLED.clear()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -25,6 +26,7 @@ def test_a_first_signal_asks_and_a_second_one_kills(number):
     assert stop.due and not stop.asked  # only when the loop looks: never in the middle of a step
     assert stop() and stop.asked
     assert signal.getsignal(number) == signal.SIG_DFL
+    assert Stopper().due  # the next run of the program, one's student for instance, is not begun either
 
 
 def test_stop_after_counts_from_the_start_of_the_program(monkeypatch):
