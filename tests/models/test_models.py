@@ -94,11 +94,11 @@ def settled(name):
     return model
 
 
-def test_there_are_facts_about_each():
-    assert list(FACTS.keys() & MODELS.keys()) and FACTS.keys() == MODELS.keys()
+def test_there_are_facts_about_each_of_ours():
+    assert len(FACTS) == 27 and FACTS.keys() <= MODELS.keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FACTS)
 @torch.no_grad()
 def test_facts(name):
     parameters, maps, pooled = FACTS[name]
