@@ -330,6 +330,33 @@ def test_two_processes_are_one_run(config, tmp_path):
     assert "is finished" in two("name=stopped")
 
 
+def test_crds_banks_are_the_same_on_both_processes_and_not_sent_around(config, tmp_path):
+    (tmp_path / "banks.py").write_text(f"""
+import sys
+import torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+import train_cifar
+from utils import engine
+one_epoch = engine.train_one_epoch
+
+def train_one_epoch(cfg, run, *arguments):
+    before, steps = run.distiller.memory.student_bank.clone(), one_epoch(cfg, run, *arguments)
+    both = [None, None]
+    dist.all_gather_object(both, dict(run.distiller.memory.state_dict()))
+    assert not run.model.will_sync_module_buffers() and not before.equal(run.distiller.memory.student_bank)
+    assert all(both[0][key].equal(both[1][key]) for key in both[0])
+    return steps
+
+engine.train_one_epoch = train_one_epoch
+sys.exit(train_cifar.main(sys.argv[1:]))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29544",
+               str(tmp_path / "banks.py"), "--cfg", config("crd", device="cpu")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc, on Linux")
 def test_no_thread_of_the_process_groups_is_left_at_the_end(config, tmp_path):
     """One that still holds tensors aborts the program while the interpreter ends, now and then."""
