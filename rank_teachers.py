@@ -97,15 +97,17 @@ def probe(cfg, student, teacher, loader, device, autocast, steps):
     torch.manual_seed((cfg.seed + 1) % 2**63)
     distiller = DPK(student, teacher, stages=stages, image_size=image.shape[2]).to(device).train()
     optimizers = build_optimizers(distiller, cfg.optimizer, ConnectorSettings(optimizer="adamw", lr=1e-3))
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     for step in progress(range(min(steps or len(loader), len(loader))), "probe"):
         torch.manual_seed((cfg.seed * 10**6 + step) % 2**63)
         images, targets = loader.batch(0, step)
         with autocast():
             losses = distiller(images, targets)[1]
-        sum(losses.values()).backward()
+        scaler.scale(sum(losses.values())).backward()
         for optimizer in optimizers.values():
-            optimizer.step()
+            scaler.step(optimizer)
             optimizer.zero_grad()
+        scaler.update()
 
 
 def examine(cfg, path, name, content, data, device, steps):

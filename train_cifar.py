@@ -141,10 +141,11 @@ def build_loaders(cfg, data, rank, world, device):
 
 def set_up(cfg, rank, world, device):
     """All that a run works with, from its settings alone."""
-    if rank > 0:  # rank 0 downloads, if need be
+    first = distributed.is_main_of_node()  # it downloads, if need be
+    if not first:
         distributed.barrier()
     data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
-    if rank == 0:
+    if first:
         distributed.barrier()
     train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
     torch.manual_seed(cfg.seed % 2**63)

@@ -291,18 +291,18 @@ def train(cfg, set_up, ignored, timeout=None):
 def exit_code(path, action):
     """0 after action(); bad input and a loss that is not finite become a line on stderr, and 2 and 1."""
     SIGNALLED.clear()
+    code = 0
     try:
         action()
     except InputError as error:
         if distributed.is_main_of_node():  # what is wrong may be so on one node alone
             print(f"error: {path}: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        code = 1
     except Stopped as stopped:
         if distributed.is_main():
             print(stopped)
-    finally:
-        distributed.finish()
-    return 0
+    distributed.finish()  # not after any other error: NCCL would wait for the processes that know nothing of it
+    return code
