@@ -105,7 +105,7 @@ def curves(section, logs):
     """{kind of figure: (axes' labels, {panel: {label: [line, …]}})}, a line = (x, y, style).
 
     Of the first seed of each run, accuracy over epochs, and CKA (solid) and ratio (dashed), a panel a stage; the mean
-    of all seeds over the accuracy of the teacher.
+    of all seeds, with a bar from the worst to the best, over the accuracy of the teacher.
     """
     accuracy, stages, teachers = {}, {}, {}
     for key, seeds in logs.items():
@@ -122,9 +122,11 @@ def curves(section, logs):
                     (epochs, [entry[f"ratio_{stage}"] for entry in entries], "--")]
         method, _, teacher = key.partition("_")
         if section.get("teachers", {}).get(teacher) is not None:  # the run's name is method_teacher
-            point = section["teachers"][teacher], statistics.mean(log[-1]["top1"] for log in seeds)
-            teachers.setdefault(method, []).append(point)
-    teachers = {method: [(*zip(*sorted(points)), "o-")] for method, points in teachers.items()}
+            teachers.setdefault(method, {})[section["teachers"][teacher]] = [log[-1]["top1"] for log in seeds]
+    for method, points in teachers.items():
+        means = [(x, statistics.mean(tops)) for x, tops in sorted(points.items())]
+        teachers[method] = [(*zip(*means), "o-"), *(((x, x), (min(tops), max(tops)), "-")
+                                                    for x, tops in sorted(points.items()) if len(tops) > 1)]
     return {"accuracy": (("epoch", "top-1 in per cent"), {"": accuracy}),
             "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), dict(sorted(stages.items()))),
             "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}

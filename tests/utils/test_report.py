@@ -105,6 +105,9 @@ def test_student_over_teacher():
     _, panels = report.curves(section, logs)["teachers"]
     assert panels == {"": {"kd": [((40.0, 50.0), (30.0, 31.0), "o-")],  # from left to right
                            "dpk": [((40.0,), (33.0,), "o-")]}}
+    logs["kd_plaincnn4"].append([{}, {"epoch": 1, "top1": 32.0}])
+    lines = report.curves(section, logs)["teachers"][1][""]["kd"]
+    assert lines == [((40.0, 50.0), (31.0, 31.0), "o-"), ((40.0, 40.0), (30.0, 32.0), "-")]  # the mean; worst to best
 
 
 def test_cka_and_ratio_have_a_panel_a_stage():
