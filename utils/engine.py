@@ -63,7 +63,7 @@ def build_distiller(cfg, student, teacher, **known):
         built = distiller(student, teacher, **arguments)
     except ValueError as error:
         raise InputError("distiller", str(error)) from None
-    if teacher is not None and teacher in list(built.modules()):
+    if teacher in built.modules():
         raise InputError("distiller", f"{cfg.distiller['name']} holds the teacher as a module: train() would move its "
                          "BatchNorm, checkpoints would contain it; distillers/kd.py shows how to hold it")
     return built

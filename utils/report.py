@@ -123,10 +123,11 @@ def curves(section, logs):
         method, _, teacher = key.partition("_")
         if section.get("teachers", {}).get(teacher) is not None:  # the run's name is method_teacher
             teachers.setdefault(method, {})[section["teachers"][teacher]] = [log[-1]["top1"] for log in seeds]
-    for method, points in teachers.items():
-        means = [(x, statistics.mean(tops)) for x, tops in sorted(points.items())]
-        teachers[method] = [(*zip(*means), "o-"), *(((x, x), (min(tops), max(tops)), "-")
-                                                    for x, tops in sorted(points.items()) if len(tops) > 1)]
+    for method in teachers:
+        points = sorted(teachers[method].items())
+        means = [(x, statistics.mean(tops)) for x, tops in points]
+        bars = [((x, x), (min(tops), max(tops)), "-") for x, tops in points if len(tops) > 1]
+        teachers[method] = [(*zip(*means), "o-"), *bars]
     return {"accuracy": (("epoch", "top-1 in per cent"), {"": accuracy}),
             "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), dict(sorted(stages.items()))),
             "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}

@@ -32,8 +32,8 @@ KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ra
 def is_command(text):
     """Whether this is a YAML file with overrides, as a shell would read it."""
     try:
-        return bool(shlex.split(text))
-    except (ValueError, AttributeError, TypeError):  # an open quote; no text
+        return isinstance(text, str) and bool(shlex.split(text))
+    except ValueError:  # an open quote
         return False
 
 
@@ -123,6 +123,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
     def entries(sections):  # a list says runs/… of the teachers that it trains
         return [(run, [a.replace("teacher.checkpoint=runs/", f"teacher.checkpoint={args.runs}/") for a in arguments])
                 for run, arguments in in_turn(sections)]

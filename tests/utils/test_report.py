@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
     ("a: {title: b, runs: {}, common: epochs=1}", "common: not a list"),
     ("a: {title: b, runs: {c: \"x.yaml 'd\"}}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {c: ''}}", "a: runs: not a mapping"),
+    ("a: {title: b, runs: {c: }}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {}, teachers: [c]}", "teachers: not a mapping"),
     ("a: {title: b, runs: {}, ranking: x}", "ranking needs teachers")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
