@@ -152,7 +152,7 @@ def set_up(cfg, rank, world, device):
     student = build_network(cfg.student.name, len(data.classes), cfg, device)
     teacher = load_teacher(cfg, len(data.classes), device) if cfg.distiller["name"] != "ce" else None
     return engine.assemble(cfg, student, teacher, train_loader, test_loader, device, world,
-                    teacher_file=cfg.teacher.checkpoint)
+                           teacher_file=cfg.teacher.checkpoint)
 
 
 def train(cfg):

@@ -1,7 +1,7 @@
 """Distil on ImageNet, or any tree of image files, from one YAML file, on one GPU or many.
 
     torchrun --nproc_per_node=8 train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml data.root=/data/imagenet
-    python train_imagenet.py --cfg yaml/imagenet/kd_r34_r18.yaml data.name=fake teacher.accuracy=null epochs=1
+    python train_imagenet.py --cfg yaml/imagenet/kd_r34_r18.yaml data.name=fake teacher.accuracy=null epochs=1 name=dry_run
     python train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml --eval IMAGENET1K_V1
 
 The same command again goes on where a run was stopped or killed.

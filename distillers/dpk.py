@@ -1,4 +1,4 @@
-"""DPK: Qiu et al., "Better Teacher Better Student: Dynamic Prior Knowledge for Knowledge Distillation", ICLR 2023.
+"""DPK: Zong et al., "Better Teacher Better Student: Dynamic Prior Knowledge for Knowledge Distillation", ICLR 2023.
 
 One stage, in the order of this file: measure the gap between the student's map and the teacher's (CKA); turn it into
 the share π of the teacher's tokens that is given as prior knowledge; encode the teacher's tokens at random positions

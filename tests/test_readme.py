@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 from distillers import DISTILLERS
+from train_cifar import read_settings
+from utils.run_list import in_turn, load_list
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,9 +30,10 @@ def test_the_example_of_a_copied_distiller_runs(tmp_path):
 
 def test_the_example_of_one_s_own_network_trains(tmp_path):
     _, example = EXAMPLES
-    checks = ["not teacher.training", "losses['review'] > 0", "all(p.grad.any() for p in distiller.parameters())"]
+    checks = ["not teacher.training", "losses['dpk_3'] > 0", "all(p.grad.any() for p in distiller.parameters())",
+              "len(set(map(id, distiller.parameters()))) == sum(len(o.state) for o in optimizers)"]
     (tmp_path / "example.py").write_text(example + "".join(f"assert {check}\n" for check in checks))
-    shutil.copy(ROOT / "distillers/reviewkd.py", tmp_path)
+    shutil.copy(ROOT / "distillers/dpk.py", tmp_path)
     result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -41,6 +44,13 @@ def test_every_file_it_names_is_there():
     named = set(re.findall(rf"(?<![\w/])(?:{folders})/[\w./]+\.\w+", text))
     assert {"yaml/quickstart.yaml", "assets/method.svg"} <= named
     assert all((ROOT / name).exists() for name in named), named
+
+
+def test_its_example_of_a_list_is_one(tmp_path):
+    example, = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "runs.yaml").write_text(example)
+    for _, arguments in in_turn(load_list(tmp_path / "runs.yaml")):
+        read_settings(arguments[1], arguments[2:])
 
 
 def test_every_method_of_the_table_is_there():

@@ -20,7 +20,7 @@ HEAD = """# Results
 
 Written by `python -m utils.report` from the logs in the folders beside this file; the runs are listed in `runs.yaml`.
 Top-1 is that of the last epoch, in per cent, mean ± standard deviation over n seeds; the best epoch stands beside it.
-Runs may have shared their machine with other work: their times are no speeds.
+Runs may have shared their machine with other work: do not read their times as speeds.
 """
 
 
