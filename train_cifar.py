@@ -123,7 +123,8 @@ def companion_run(cfg, path):
     """Train by another YAML file on the data and the device of this run (or find it finished); its student.pth."""
     try:
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
-                                    device=cfg.device, stop_after=cfg.stop_after)
+                                    device=cfg.device, precision=cfg.precision, compile=cfg.compile,
+                                    stop_after=cfg.stop_after)
         train(other)
     except InputError as error:
         raise InputError("teacher.cfg" if path == cfg.teacher.cfg else "baseline", f"{path}: {error}") from None
@@ -141,12 +142,8 @@ def build_loaders(cfg, data, rank, world, device):
 
 def set_up(cfg, rank, world, device):
     """All that a run works with, from its settings alone."""
-    first = distributed.is_main_of_node()  # it downloads, if need be
-    if not first:
-        distributed.barrier()
-    data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
-    if first:
-        distributed.barrier()
+    with distributed.one_of_each_node_first():  # it downloads, if need be
+        data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
     train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
     torch.manual_seed(cfg.seed % 2**63)
     student = build_network(cfg.student.name, len(data.classes), cfg, device)
@@ -175,6 +172,8 @@ def compare(cfg, last):
 
 def evaluate_file(cfg, path):
     """Print the accuracy, in float32, of a file of the student's or the teacher's network."""
+    if not distributed.is_main():  # one process is enough
+        return
     device = engine.pick_device(cfg)
     data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
     reasons = []

@@ -1,7 +1,7 @@
 """Distil on ImageNet, or any tree of image files, from one YAML file, on one GPU or many.
 
     torchrun --nproc_per_node=8 train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml data.root=/data/imagenet
-    python train_imagenet.py --cfg yaml/imagenet/kd_r34_r18.yaml data.name=fake teacher.accuracy=null epochs=1 name=dry_run
+    python train_imagenet.py --cfg yaml/imagenet/ce_r18.yaml data.name=fake epochs=1 name=dry_run
     python train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml --eval IMAGENET1K_V1
 
 The same command again goes on where a run was stopped or killed.
@@ -19,8 +19,8 @@ from distillers import DISTILLERS
 from models import IMAGENET_MODELS
 from utils import checkpoint, distributed, engine
 from utils.config import help_text, load_config, section, setting
-from utils.errors import InputError
-from utils.images import Fake, ImageLoader, Images, Tree, one_line
+from utils.errors import InputError, one_line
+from utils.images import Fake, ImageLoader, Images, Tree
 from utils.optim import ConnectorSettings, OptimizerSettings, check_optimizers
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -147,16 +147,13 @@ def set_up(cfg, rank, world, device):
               "channels_last": cfg.channels_last}
     train_loader = ImageLoader(train, cfg.batch_size, train=True, seed=cfg.seed, accumulate=cfg.accumulate, **common)
     test_loader = ImageLoader(val, train_loader.order.batch, train=False, **common)
-    if rank > 0:  # rank 0 downloads, if need be
-        distributed.barrier()
     torch.manual_seed(cfg.seed % 2**63)
     classes, networks = len(train.source.classes), {"student": cfg.student, "teacher": cfg.teacher}
     if cfg.distiller["name"] == "ce":
         del networks["teacher"]
-    built = {role: build_network(of.name, of.weights, classes, cfg, device, f"{role}.weights")
-             for role, of in networks.items()}
-    if rank == 0:
-        distributed.barrier()
+    with distributed.one_of_each_node_first():  # it downloads, if need be
+        built = {role: build_network(of.name, of.weights, classes, cfg, device, f"{role}.weights")
+                 for role, of in networks.items()}
     return engine.assemble(cfg, built["student"], built.get("teacher"), train_loader, test_loader, device, world,
                            teacher_file=cfg.teacher.weights, accumulate=cfg.accumulate)
 
@@ -166,6 +163,8 @@ def set_up(cfg, rank, world, device):
 
 def evaluate_file(cfg, weights):
     """Print the accuracy, in float32, of weights of the student's or the teacher's network."""
+    if not distributed.is_main():  # one process is enough
+        return
     device = engine.pick_device(cfg)
     images, reasons = load_images(cfg, "val", train=False), []
     for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):

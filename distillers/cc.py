@@ -27,7 +27,7 @@ def pooled_width(model, image_size):
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     width = model(image, return_features=True)[1]["pooled"].shape[1]
     for module, mode in modes.items():
-        module.training = mode
+        module.train(mode)
     return width
 
 

@@ -13,8 +13,10 @@ def standardize(logits):
 def decouple(logits, targets, temperature):
     """(B, K), (B,) -> log [p_target, 1 − p_target] (B, 2), and log p̂ of the others among themselves (B, K − 1)."""
     logits = logits.float() / temperature
-    target = F.one_hot(targets, logits.shape[1]).bool()
-    one, others = logits[target].unsqueeze(1), logits[~target].view(len(logits), -1)  # (B, 1), (B, K − 1)
+    target = targets.unsqueeze(1)
+    rest = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    rest = rest + (rest >= target)  # all classes but the target; a mask would make the host wait for the device
+    one, others = logits.gather(1, target), logits.gather(1, rest)  # (B, 1), (B, K − 1)
     binary = torch.cat([one, others.logsumexp(1, keepdim=True)], 1).log_softmax(1)
     return binary, others.log_softmax(1)
 

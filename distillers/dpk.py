@@ -5,6 +5,8 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,6 +95,7 @@ def patchify(feature_map, patch):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
 
 
+@functools.cache
 def sinusoid_positions(n, dim, device=None):
     """(n, dim) fixed 1-D table (Vaswani et al., 2017, section 3.5): sine in the even columns, cosine in the odd."""
     position = torch.arange(n, device=device).unsqueeze(1)
@@ -267,7 +270,7 @@ def map_shapes(model, image_size):
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     maps = model(image, return_features=True)[1]["maps"]
     for module, mode in modes.items():
-        module.training = mode
+        module.train(mode)
     return [tuple(m.shape[1:]) for m in maps]
 
 
@@ -343,6 +346,8 @@ class DPK(nn.Module):
                 if stage[name] not in range(-len(maps), len(maps)):
                     raise ValueError(f"stages: the {name} has no map {stage[name]}; valid: 0 to {len(maps) - 1}")
                 stage[name] %= len(maps)
+            if stage["teacher"] in [t for _, t, _ in self.plan]:  # losses and metrics carry its number
+                raise ValueError(f"stages: the teacher's map {stage['teacher']} is in two of them; valid: one each")
             self.plan.append((stage["student"], stage["teacher"], stage["weight"]))
             self.stages.append(DPKStage(
                 shapes["student"][stage["student"]][0], shapes["teacher"][stage["teacher"]][0],
@@ -377,5 +382,5 @@ class DPK(nn.Module):
         for (_, t, weight), stage, pair, cka in zip(self.plan, self.stages, pairs, ckas):
             loss, ratio = stage(*pair, cka)
             losses[f"dpk_{t}"] = self.feature_weight * weight * loss
-            self.metrics |= {f"cka_{t}": stage.cka, f"ratio_{t}": ratio}
+            self.metrics |= {f"cka_{t}": cka, f"ratio_{t}": ratio}
         return logits, losses

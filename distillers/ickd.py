@@ -45,7 +45,7 @@ def map_shapes(model, image_size):
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     maps = model(image, return_features=True)[1]["maps"]
     for module, mode in modes.items():
-        module.training = mode
+        module.train(mode)
     return [tuple(m.shape[1:]) for m in maps]
 
 

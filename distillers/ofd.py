@@ -50,7 +50,7 @@ def read_preacts(model, image_size):
     for handle in handles:
         handle.remove()
     for module, mode in modes.items():
-        module.training = mode
+        module.train(mode)
     found, after = [], 0
     for preact in preacts:
         same = [k for k, (_, output) in enumerate(outputs) if output is preact]

@@ -64,7 +64,7 @@ def level_channels(model, preacts, image_size):
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     channels = [level.shape[1] for level in levels(model(image, return_features=True)[1], preacts)]
     for module, mode in modes.items():
-        module.training = mode
+        module.train(mode)
     return channels
 
 

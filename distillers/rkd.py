@@ -55,9 +55,9 @@ class RKD(nn.Module):
         with torch.no_grad():
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        pooled, prior = features["pooled"], teacher_features["pooled"]
+        pooled, teacher_pooled = features["pooled"], teacher_features["pooled"]
         return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
-            "distance": self.distance_weight * F.smooth_l1_loss(distances(pooled), distances(prior)),
-            "angle": self.angle_weight * F.smooth_l1_loss(angles(pooled), angles(prior)),
+            "distance": self.distance_weight * F.smooth_l1_loss(distances(pooled), distances(teacher_pooled)),
+            "angle": self.angle_weight * F.smooth_l1_loss(angles(pooled), angles(teacher_pooled)),
         }

@@ -420,11 +420,11 @@ dist.destroy_process_group()
 def test_a_missing_teacher_is_one_line_with_the_command_or_is_trained(config, tmp_path, capsys):
     teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
     missing = {"name": "plaincnn4", "checkpoint": str(tmp_path / "runs/teacher/student.pth"), "cfg": teacher}
-    path = config("kd", teacher=missing, epochs=1)
+    path = config("kd", teacher=missing, epochs=1, precision="bf16")
     assert train_cifar.main(["--cfg", path]) == 2
     assert f"python train_cifar.py --cfg {teacher}" in capsys.readouterr().err
     assert train_cifar.main(["--cfg", path, "teacher.train=true"]) == 0
-    assert (tmp_path / "runs/teacher/student.pth").exists()
+    assert "precision: bf16" in (tmp_path / "runs/teacher/config.yaml").read_text()  # as the student
     capsys.readouterr()
     assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=second"]) == 0
     assert "teacher: finished" not in capsys.readouterr().out  # cached
@@ -455,6 +455,12 @@ def test_eval_of_student_and_teacher_and_of_neither(config, tmp_path, capsys):
     assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / "other.pth")]) == 2
     error = capsys.readouterr().err
     assert "plaincnn2" in error and "plaincnn4" in error
+
+
+def test_under_torchrun_one_process_evaluates(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert train_cifar.main(["--cfg", config("kd", epochs=1), "--eval", str(tmp_path / "teacher.pth")]) == 0
+    assert not capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -9,7 +9,7 @@ import typing
 
 import yaml
 
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 
 
 class NumberLoader(yaml.SafeLoader):
@@ -49,7 +49,7 @@ def load_config(cls, path, overrides=()):
     except OSError as error:
         raise InputError("--cfg", f"cannot read {path}: {error.strerror}; valid: a YAML file, see yaml/") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or a date such as 2020-13-45
-        raise InputError("--cfg", f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError("--cfg", f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError("--cfg", f"{path} holds a {type(values).__name__}; valid: a mapping of settings")
     for override in overrides:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 from utils.synthetic import make_synthetic
 
 STATISTICS = {  # mean and standard deviation of a pixel in [0, 1], for R, G and B
@@ -64,10 +64,6 @@ def load_data(name, root="data", *, size=32, samples=10000, val_split=0):
         held, rest = order[:val_split], order[val_split:]
         train, test = (Split(train.images[part], train.labels[part]) for part in (rest, held))
     return Data(train, test, tuple(classes), *STATISTICS[name])
-
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_cifar(name, root):
@@ -213,7 +209,7 @@ class Loader:
         # On the device now: copying them there in every step would make the host wait for the device.
         self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))
         self.batch_size, self.train, self.padding, self.seed = batch_size, train, padding, seed
-        self.num_samples, self.indices = len(self.labels), None
+        self.num_samples, self.indices, self.unreadable = len(self.labels), None, 0
         self.rank, self.world, self.channels_last, self.device, self.drawn = rank, world, channels_last, device, None
         self.order = torch.arange(rank, len(self.labels), world, device=device)  # train: replaced in each epoch
         if train:

@@ -1,5 +1,6 @@
 """One process or many (torchrun): rank, sums over all processes, and who may speak."""
 
+import contextlib
 import os
 from datetime import timedelta
 
@@ -30,7 +31,7 @@ def start(device, timeout=None):
 
 def is_main():
     """Rank 0 alone prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
 def is_main_of_node():
@@ -67,7 +68,18 @@ def barrier():
         dist.barrier()
 
 
-def finish():
-    """Leave the process group."""
-    if dist.is_initialized():
+@contextlib.contextmanager
+def one_of_each_node_first():
+    """with …: one process of each node goes before the others of it, to download for instance."""
+    first = is_main_of_node()
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def finish(together=True):
+    """Leave the process group. Not `together`: others may know nothing of it, and NCCL would wait for them."""
+    if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         dist.destroy_process_group()

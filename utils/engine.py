@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distillers import DISTILLERS
 from utils import checkpoint, distributed
 from utils.config import check_arguments
-from utils.errors import InputError
-from utils.log import Table, one_line, progress, read_log, tensorboard_writer
+from utils.errors import InputError, one_line
+from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
@@ -33,11 +33,14 @@ def check_distiller(cfg):
 
 
 def pick_device(cfg):
-    """The torch.device of the setting."""
+    """The torch.device of the setting; sets what all of the program does on it."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", "cuda is not available here; valid: auto, cpu")
     device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    torch.backends.cudnn.benchmark = True  # but for the last batch, all have the same shape
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is what it says; bf16 is the fast one
+    # cuDNN's attention is planned anew for each number of tokens, and DPK's changes from step to step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         keep_freed_memory()
     return device
@@ -135,7 +138,7 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
         save_now = cfg.save_every and done % cfg.save_every == 0
         now = done == steps or save_now
         if now or done % cfg.log_every == 0:
-            failure = failure or table.failure(done, epoch) or now and weights_failure(run, epoch, done)
+            failure = failure or table.failure(done, epoch) or (weights_failure(run, epoch, done) if now else "")
         stopping = stop(now, failed=bool(failure), count=loader.unreadable)
         if stopping:  # nobody saves before all have looked at their losses
             failure = failure or table.failure(done, epoch) or weights_failure(run, epoch, done)
@@ -228,7 +231,7 @@ def train(cfg, set_up, ignored, timeout=None):
         try:
             restore(run, state)
         except (RuntimeError, ValueError) as error:
-            raise InputError("name", f"{folder}/latest.pth does not fit ({' '.join(str(error).split())}): other "
+            raise InputError("name", f"{folder}/latest.pth does not fit ({one_line(error)}): other "
                              "classes than before? To start another run give another name=...") from None
         say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
     if rank == 0:
@@ -271,7 +274,7 @@ def train(cfg, set_up, ignored, timeout=None):
         unreadable = clock["unreadable"] + run.test_loader.unreadable
         entry |= {"unreadable": unreadable} if unreadable else {}
         entry |= {"seconds": time.monotonic() - start}
-        say(one_line(entry, cfg.epochs))
+        say(epoch_line(entry, cfg.epochs))
         if rank == 0:
             checkpoint.append(folder / "log.jsonl", entry)
         for key, value in entry.items() if writer else ():
@@ -304,5 +307,5 @@ def exit_code(path, action):
     except Stopped as stopped:
         if distributed.is_main():
             print(stopped)
-    distributed.finish()  # not after any other error: NCCL would wait for the processes that know nothing of it
+    distributed.finish(together=code != 2)  # bad input may be one process's alone; an unforeseen error ends it at once
     return code

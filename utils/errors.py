@@ -1,4 +1,4 @@
-"""The one error that the scripts turn into a line of text."""
+"""The one error that the scripts turn into a line of text, and the text of others."""
 
 
 class InputError(ValueError):
@@ -10,3 +10,8 @@ class InputError(ValueError):
 
     def __str__(self):
         return f"{self.key}: {self.message}"
+
+
+def one_line(error):
+    """What another library's exception says, without line breaks; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

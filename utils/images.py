@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
-from utils.data import STATISTICS, normalize, one_line
-from utils.errors import InputError
+from utils.data import STATISTICS, normalize
+from utils.errors import InputError, one_line
 
 MEAN, STD = STATISTICS["folder"]
 UNREADABLE = 0.001  # a larger share of the images stops the run
@@ -146,7 +146,7 @@ def collate(items):
     without the unreadable."""
     images = [image for image, _, _, _ in items if image is not None]
     numbers = [(label, index) for image, label, index, _ in items if image is not None]
-    labels, indices = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).unbind(1)
+    labels, indices = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).T.contiguous()
     problems = [problem for _, _, _, some in items for problem in some]
     return torch.stack(images) if images else torch.empty(0), labels, indices, problems
 

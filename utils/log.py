@@ -52,8 +52,9 @@ class Table:
         if self.rows is None:
             self.names, self.losses = [*losses, *metrics, "train_top1", "n"], len(losses)
             self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
+        row = self.rows[step]
         for column, value in enumerate([*losses.values(), *metrics.values(), 100 * correct / n, 1.0]):
-            self.rows[step, column] += (value.detach() if isinstance(value, torch.Tensor) else value) * n
+            row[column].add_((value.detach() if isinstance(value, torch.Tensor) else value) * n)
 
     def clear(self):
         """All rows to zero."""
@@ -97,7 +98,7 @@ def write_log(path, lines):
     checkpoint.write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def one_line(entry, epochs):
+def epoch_line(entry, epochs):
     """A log entry for people."""
     numbers = " ".join(f"{key} {value:.4g}" for key, value in entry.items()
                        if key not in ("epoch", "top1", "top5", "best_top1") and value is not None)

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from utils import checkpoint
-from utils.errors import InputError
+from utils.errors import InputError, one_line
 from utils.log import read_log
 from utils.state import lock
 
@@ -42,7 +42,7 @@ def load_list(path):
     try:
         sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: not a mapping of sections")
     for name, section in sections.items():

@@ -386,6 +386,7 @@ def test_ablations_are_arguments():
     ({"stages": [{"decodr": [8, 1, 1]}]}, "nearest: decoder"),
     ({"stages": [{"encoder": [30, 1, 4]}]}, "heads divides dim"),
     ({"stages": [{"encoder": 64}]}, "stages: encoder: 64"),
+    ({"stages": [{"student": 2, "teacher": 3}, {"teacher": -1}]}, "stages: the teacher's map 3 is in two"),
     ({"stages": [{"weight": "big"}]}, "stages: weight: 'big'"),
     ({"ratio": "cosine"}, "valid: dynamic"),
     ({"ratio": 2.0}, "ratio: 2.0"),

@@ -11,7 +11,7 @@ import torch
 
 from utils import checkpoint, log
 from utils.errors import InputError
-from utils.log import Table, environment, one_line, progress, read_log, tensorboard_writer, write_log
+from utils.log import Table, environment, epoch_line, progress, read_log, tensorboard_writer, write_log
 
 CPU = torch.device("cpu")
 SIZES = [64, 64, 17]  # the images of each step
@@ -187,9 +187,9 @@ def test_the_environment_where_git_is_not_installed_or_this_is_no_repository(mon
 def test_a_line_for_people():
     entry = {"epoch": 7, "top1": 71.239, "top5": 92.5, "best_top1": 72.0, "lr": 0.05, "ce": 1.23456, "cka": None,
              "images_per_s": 12345.678}
-    assert one_line(entry, 240) == \
+    assert epoch_line(entry, 240) == \
         "epoch 7/240: top-1 71.24 top-5 92.50 | lr 0.05 ce 1.235 images_per_s 1.235e+04"
-    assert "\n" not in one_line(entry, 240)
+    assert "\n" not in epoch_line(entry, 240)
 
 
 def test_no_progress_bar_where_the_output_is_no_terminal_or_tqdm_is_missing(monkeypatch):

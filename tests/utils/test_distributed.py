@@ -1,0 +1,35 @@
+import torch.distributed as dist
+
+from utils import distributed
+
+
+def test_rank_0_is_known_before_there_is_a_process_group(monkeypatch):
+    for name in "RANK", "LOCAL_RANK":
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.is_main() and distributed.is_main_of_node()
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not distributed.is_main() and distributed.is_main_of_node()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not distributed.is_main_of_node()
+
+
+def test_one_of_each_node_goes_first(monkeypatch):
+    for first, order in (True, ["download", "barrier"]), (False, ["barrier", "download"]):
+        done = []
+        monkeypatch.setattr(distributed, "is_main_of_node", lambda first=first: first)
+        monkeypatch.setattr(distributed, "barrier", lambda done=done: done.append("barrier"))
+        with distributed.one_of_each_node_first():
+            done.append("download")
+        assert done == order
+
+
+def test_alone_a_process_does_not_leave_nccl(monkeypatch):
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    for backend, together, leaves in ("nccl", True, 1), ("nccl", False, 0), ("gloo", False, 1):
+        monkeypatch.setattr(dist, "get_backend", lambda backend=backend: backend)
+        left.clear()
+        distributed.finish(together)
+        assert len(left) == leaves
