@@ -120,7 +120,7 @@ def load_teacher(cfg, num_classes, device):
 
 
 def companion_run(cfg, path):
-    """Train by another YAML file on the data and the device of this run (or find it finished); its student.pth."""
+    """Train by another YAML file on this run's data and device, in its precision, or find it done; its student.pth."""
     try:
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
                                     device=cfg.device, precision=cfg.precision, compile=cfg.compile,

@@ -424,6 +424,7 @@ def test_a_missing_teacher_is_one_line_with_the_command_or_is_trained(config, tm
     assert train_cifar.main(["--cfg", path]) == 2
     assert f"python train_cifar.py --cfg {teacher}" in capsys.readouterr().err
     assert train_cifar.main(["--cfg", path, "teacher.train=true"]) == 0
+    assert (tmp_path / "runs/teacher/student.pth").exists()
     assert "precision: bf16" in (tmp_path / "runs/teacher/config.yaml").read_text()  # as the student
     capsys.readouterr()
     assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=second"]) == 0
