@@ -323,7 +323,8 @@ def poisoned(self, images, targets):
         losses["kd"] = losses["kd"] * float("nan")
     return logits, losses
 DISTILLERS["kd"].forward = poisoned
-sys.exit(train_imagenet.main())
+if __name__ == "__main__":  # not in the worker processes that read the images
+    sys.exit(train_imagenet.main())
 '''
     (tmp_path / "poisoned.py").write_text(code)
     command = [*torchrun(2, 29555), str(tmp_path / "poisoned.py"), str(ROOT), "--cfg", path]

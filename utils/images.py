@@ -4,9 +4,11 @@ Workers hand over uint8; the device normalizes. What is drawn for an image follo
 neither the number of workers nor a restart in mid-epoch changes it.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +153,29 @@ def collate(items):
     return torch.stack(images) if images else torch.empty(0), labels, indices, problems
 
 
-def outlive_signals(_):
-    """In a worker: a signal to the whole job is for the process that started it, which still wants a batch or two."""
+def init_worker(_):
+    """In a worker: a signal to the whole job is for the process that started it, which still wants a batch or two; the
+    worker leaves when that process does. (DataLoader's own watch is of the parent, which may be a server of forks.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # not ignored: at the very end it comes from there
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def worker_context(world):
+    """How worker processes start. Beside a process group's threads a fork may hang: one of them can hold a lock of
+    Python's that the new process then waits for. So several processes fork theirs from a small server without threads.
+    """
+    if world == 1 or "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision"])  # imported once and not by each worker
+    return context
 
 
 class Order:
@@ -205,7 +226,8 @@ class ImageLoader:
         self.mean, self.std = (torch.tensor(value, device=self.device) for value in (MEAN, STD))
         self.loader = DataLoader(images, batch_sampler=self.order, num_workers=workers, collate_fn=collate,
                                  pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
-                                 worker_init_fn=outlive_signals,
+                                 worker_init_fn=init_worker,
+                                 multiprocessing_context=worker_context(world) if workers else None,
                                  generator=torch.Generator())  # or it draws from the stream of the training loop
 
     def __len__(self):
