@@ -7,14 +7,22 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from utils.errors import InputError
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets for each process
+
 
 def start(device, timeout=None):
     """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device).
 
     A process that waits for another more than `timeout` seconds (None: PyTorch's 10 to 30 minutes) ends the job.
+    Raises InputError where some of torchrun's variables are set, RANK among them, and others not.
     """
     if "RANK" not in os.environ:
         return 0, 1, device
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise InputError("RANK", f"set in the environment without {', '.join(missing)}; start by torchrun, or unset it")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -36,7 +44,7 @@ def is_main():
 
 def is_main_of_node():
     """One process of each node."""
-    return is_main() or os.environ.get("LOCAL_RANK") == "0"
+    return is_main() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def sum_over_processes(tensor):

@@ -1,6 +1,9 @@
+import pytest
+import torch
 import torch.distributed as dist
 
 from utils import distributed
+from utils.errors import InputError
 
 
 def test_rank_0_is_known_before_there_is_a_process_group(monkeypatch):
@@ -12,6 +15,15 @@ def test_rank_0_is_known_before_there_is_a_process_group(monkeypatch):
     assert not distributed.is_main() and distributed.is_main_of_node()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not distributed.is_main_of_node()
+
+
+def test_a_rank_without_the_rest_is_named(monkeypatch):
+    for name in distributed.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="RANK: .* without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start"):
+        distributed.start(torch.device("cpu"))
+    assert distributed.is_main_of_node()  # so that somebody says it
 
 
 def test_one_of_each_node_goes_first(monkeypatch):
