@@ -6,9 +6,9 @@ The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds
 YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py. In the
 order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
 device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
-goes on with an unfinished one where it was left, as after Ctrl-C. A teacher of which only the results are there, not
-the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a list: each
-passes over the runs of the others and those that need them.
+goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the results are
+there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a
+list: each passes over the runs of the others and those that need them.
 """
 
 import argparse
@@ -105,6 +105,22 @@ def unfinished(runs, makers, results, root):
     return queue
 
 
+def train(command, folder):
+    """(exit code of the command in the folder, whether a signal came): the run saves and leaves after a signal.
+
+    The terminal gives Ctrl-C to both; SIGTERM is passed on, and the run knows one that it has had already.
+    """
+    signalled = []
+    process = subprocess.Popen(command, cwd=folder)
+    handlers = {signal.SIGINT: lambda number, _: signalled.append(number),
+                signal.SIGTERM: lambda number, _: (signalled.append(number), process.send_signal(number))}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code, bool(signalled)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the YAML file")
@@ -149,9 +165,7 @@ def main(argv=None):
         command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
         command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
         print("python", shlex.join(command), flush=True)
-        before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which saves and leaves
-        code = subprocess.run([sys.executable, *command], cwd=root).returncode
-        signal.signal(signal.SIGINT, before)
+        code, signalled = train([sys.executable, *command], root)
         if code == 1:  # a loss that is not finite concerns this run alone
             failed.append(run)
             continue
@@ -161,6 +175,8 @@ def main(argv=None):
             return 0  # stopped in time, or by a signal
         for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
             checkpoint.write(results / run / file, (folder / file).read_bytes())
+        if signalled:  # at its very end
+            return 0
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 START = time.monotonic()  # of the program, teacher's training included
-SIGNALLED = []  # by which signals, of all runs of the program: one between a teacher's and its student's counts
+SIGNALLED = []  # when, by a first signal, of all runs of the program: one between a teacher's and its student's counts
+PASSED_ON = 5.0  # seconds: launchers pass SIGTERM on to processes that may have had it already
 
 
 class Stopped(Exception):
@@ -17,16 +18,20 @@ class Stopped(Exception):
 
 def note(number, frame):
     """The handler, which keeps no stopper alive: its process group is to end with the run."""
-    SIGNALLED.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    if not SIGNALLED:
+        SIGNALLED.append(time.monotonic())
+    elif number == signal.SIGINT or time.monotonic() - SIGNALLED[0] > PASSED_ON:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 class Stopper:
     """stop(now) after each step -> bool: is this run to stop here?
 
     A first SIGTERM or SIGINT asks for it, and so does the time limit of `stop_after` seconds; a second signal kills, as
-    ever. `failed` and `count` are for what else concerns all: whether a process cannot go on, and a number to be summed
-    (of unreadable images); after a call `asked`, `any_failed` and `total` hold what the processes agreed on.
+    ever, but for a SIGTERM that follows within 5 seconds. `failed` and `count` are for what else concerns all: whether
+    a process cannot go on, and a number to be summed (of unreadable images); after a call `asked`, `any_failed` and
+    `total` hold what the processes agreed on.
 
     Several processes exchange this after each step, over gloo, and read the exchange of the step before, so that
     neither host nor device waits; with now=True they wait for this one, and agree on this very step.

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -157,14 +156,14 @@ def teacher_and_student(tmp_path, monkeypatch):
     (tmp_path / "results/runs.yaml").write_text(yaml.safe_dump(sections))
     trained = []
 
-    def fake(command, cwd):
+    def fake(command, folder):
         name, runs = (next(a for a in command if a.startswith(key)).removeprefix(key) for key in ("name=", "runs="))
         trained.append(name)
-        write_run(cwd / runs, name, [1.0, 2.0])
-        (cwd / runs / name / "student.pth").touch()
-        return subprocess.CompletedProcess(command, 0)
+        write_run(folder / runs, name, [1.0, 2.0])
+        (folder / runs / name / "student.pth").touch()
+        return 0, False
 
-    monkeypatch.setattr(run_list.subprocess, "run", fake)
+    monkeypatch.setattr(run_list, "train", fake)
     return trained
 
 
@@ -182,16 +181,25 @@ def test_runs_may_be_kept_elsewhere(teacher_and_student, tmp_path):
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and not (tmp_path / "runs").exists()
 
 
-def test_ctrl_c_is_for_the_run(teacher_and_student, monkeypatch):
-    fake, before = run_list.subprocess.run, signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_for_the_run(tmp_path, number):
+    """SIGTERM is passed on; Ctrl-C comes from the terminal, and here not at all."""
+    (tmp_path / "run.py").write_text("import os, signal, sys, time\n"
+                                     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+                                     f"os.kill(os.getppid(), {number:d})\n"
+                                     "time.sleep(0.1 if sys.argv[1:] else 60)\n")
+    before = signal.getsignal(number)
+    command = [sys.executable, "run.py", *(["short"] if number == signal.SIGINT else [])]
+    assert run_list.train(command, tmp_path) == (7 if number == signal.SIGTERM else 0, True)
+    assert signal.getsignal(number) == before
+    assert run_list.train([sys.executable, "-c", ""], tmp_path) == (0, False)
 
-    def run(command, cwd):
-        os.kill(os.getpid(), signal.SIGINT)
-        return fake(command, cwd)
 
-    monkeypatch.setattr(run_list.subprocess, "run", run)
+def test_no_further_run_after_a_signal(teacher_and_student, tmp_path, monkeypatch):
+    fake = run_list.train
+    monkeypatch.setattr(run_list, "train", lambda *arguments: (fake(*arguments)[0], True))
     assert run_list.main(["results/runs.yaml"]) == 0
-    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and signal.getsignal(signal.SIGINT) == before
+    assert teacher_and_student == ["teachers_t_s0"] and run_list.finished(tmp_path / "results/teachers_t_s0")
 
 
 def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_student, tmp_path):
@@ -202,17 +210,17 @@ def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_s
 
 
 def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_student, monkeypatch, capsys):
-    fake = run_list.subprocess.run
+    fake = run_list.train
     codes = {"teachers_t_s0": 1, "other_o_s0": 0}
     sections = yaml.safe_load(Path("results/runs.yaml").read_text())
     sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
     Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
 
-    def run(command, cwd):
+    def train(command, folder):
         code = codes[next(a for a in command if a.startswith("name=")).removeprefix("name=")]
-        return subprocess.CompletedProcess(command, code) if code else fake(command, cwd)
+        return (code, False) if code else fake(command, folder)
 
-    monkeypatch.setattr(run_list.subprocess, "run", run)
+    monkeypatch.setattr(run_list, "train", train)
     assert run_list.main(["results/runs.yaml"]) == 1
     assert teacher_and_student == ["other_o_s0"] and "failed: teachers_t_s0" in capsys.readouterr().out
     codes["teachers_t_s0"] = 2  # bad input, most likely that of all runs
