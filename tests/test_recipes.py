@@ -67,7 +67,8 @@ def test_the_file_has_them_too(path):
     assert (cfg.optimizer.name, cfg.optimizer.momentum, cfg.optimizer.nesterov) == ("sgd", 0.9, False)
     if path.stem == "dpk_plaincnn10_plaincnn2":
         return  # of no paper: what our grid found
-    ours = {"temperature": 4} if name == "dpk" else {}  # the field's, in place of the code's 1
+    # the field's temperature and our grid's weight, in place of the code's 1 and 0.3
+    ours = {"temperature": 4, "feature_weight": 9} if name == "dpk" else {}
     expected = PUBLISHED[name] | ours | {key: weights[pair] for key, weights in OF_A_PAIR.get(name, {}).items()}
     used = defaults(name) | cfg.distiller
     assert used | expected == used
