@@ -36,7 +36,7 @@ class DKD(nn.Module):
     warmup_epochs: the second term grows linearly, and is whole in the last of these (call set_epoch, from 0; without it
     there is no warm-up). The authors count epochs from 1, so that the first has its share as well.
     logit_standardization: standardize both logits of the second term first; T is then that paper's base temperature,
-    2 for most pairs, and Sun et al. multiply alpha and beta by 9.
+    2 for most pairs, and Sun et al. multiply alpha and beta by 9 unless told otherwise, by up to 18 in their logs.
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "tckd", "nckd": scalars}), weighted.
     Raises ValueError for a temperature that is not positive, a negative weight, a label_smoothing outside 0 to 1.

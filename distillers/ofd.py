@@ -66,8 +66,8 @@ class OFD(nn.Module):
 
     The student's pre-activations go through a 1×1 convolution and BatchNorm each, the teacher's are pooled to their
     size. The margins are read off the teacher's BatchNorms, 0 where there is none. The teacher stays in eval mode;
-    the authors' was in train mode, where BatchNorm takes the batch's statistics. ofd_weight: the authors' for CIFAR;
-    theirs for ImageNet is 0.0001.
+    the authors' was in train mode, where BatchNorm takes the batch's statistics (by their account the better of the
+    two), and so is mdistiller's. ofd_weight: the authors' for CIFAR; theirs for ImageNet is 0.0001.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.

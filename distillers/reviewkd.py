@@ -71,7 +71,10 @@ def level_channels(model, preacts, image_size):
 class ReviewKD(nn.Module):
     """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other.
 
-    The teacher's maps are taken before the ReLU where it has `preacts`, the student's with student_preacts.
+    teacher_preacts, student_preacts: the network's maps are taken before the ReLU, where it has `preacts`. The defaults
+    are those of the authors' CIFAR code; theirs for ImageNet returns a ResNet's maps before a ReLU that works in place,
+    so its figures were obtained after the ReLU (MobileNetV1's before it), and yaml/imagenet/ follows that.
+    The teacher stays in eval mode; the authors' on CIFAR was in train mode, that of the field's reruns in eval mode.
     warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up), as
     in the authors' CIFAR code; theirs for ImageNet has none. mid_channels: width of what goes from level to level;
     None: that of the student's deepest level, at most 512.
@@ -81,8 +84,8 @@ class ReviewKD(nn.Module):
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
-                 warmup_epochs: int = 20, mid_channels: int | None = None, student_preacts: bool = False,
-                 label_smoothing: float = 0.0, image_size: int = 32):
+                 warmup_epochs: int = 20, mid_channels: int | None = None, teacher_preacts: bool = True,
+                 student_preacts: bool = False, label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
         if min(ce_weight, review_weight, warmup_epochs) < 0:
             raise ValueError(f"ce_weight, review_weight, warmup_epochs: {ce_weight}, {review_weight}, {warmup_epochs}: "
@@ -96,9 +99,9 @@ class ReviewKD(nn.Module):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.review_weight = ce_weight, review_weight
         self.warmup_epochs, self.warmup = warmup_epochs, 1.0
-        self.student_preacts = student_preacts
+        self.teacher_preacts, self.student_preacts = teacher_preacts, student_preacts
         students = level_channels(student, student_preacts, image_size)
-        teachers = level_channels(teacher, True, image_size)
+        teachers = level_channels(teacher, teacher_preacts, image_size)
         self.depth = min(len(students), len(teachers))
         students, teachers = students[-self.depth:], teachers[-self.depth:]
         mid = mid_channels or min(512, students[-1])
@@ -118,7 +121,7 @@ class ReviewKD(nn.Module):
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         stages = zip(self.fusions, levels(features, self.student_preacts)[-self.depth:],
-                     levels(teacher_features, True)[-self.depth:])
+                     levels(teacher_features, self.teacher_preacts)[-self.depth:])
         review, deeper = 0, None
         for fusion, student_map, teacher_map in reversed(list(stages)):  # the deepest first
             reviewed, deeper = fusion(student_map, deeper, teacher_map.shape[2:])

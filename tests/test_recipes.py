@@ -26,7 +26,7 @@ PUBLISHED = {  # RepDistiller's and mdistiller's scripts, or the authors' own
     "ofd": {"ce_weight": 1, "ofd_weight": 0.001},
     "crd": {"ce_weight": 1, "crd_weight": 0.8, "dim": 128, "negatives": 16384, "temperature": 0.07, "momentum": 0.5},
     "reviewkd": {"ce_weight": 1, "review_weight": 1, "warmup_epochs": 20, "mid_channels": None,
-                 "student_preacts": False},
+                 "teacher_preacts": True, "student_preacts": False},
     "ickd": {"ce_weight": 1, "kd_weight": 1, "icc_weight": 2.5, "temperature": 4, "projector_kernel": 1},
     "dkd": {"ce_weight": 1, "alpha": 1, "beta": 8, "temperature": 4, "warmup_epochs": 20,
             "logit_standardization": False},

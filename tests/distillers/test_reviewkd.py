@@ -37,15 +37,15 @@ def test_fusion_step_by_step():
     torch.testing.assert_close(out, fusion.expand(fused))
 
 
-@pytest.mark.parametrize("kind", ["maps", "preacts"])
-def test_from_the_deepest_level_to_the_shallowest(kind):
+@pytest.mark.parametrize("kind, teachers_kind", [("maps", "preacts"), ("preacts", "preacts"), ("preacts", "maps")])
+def test_from_the_deepest_level_to_the_shallowest(kind, teachers_kind):
     torch.manual_seed(0)
     distiller = ReviewKD(MODELS["resnet8"](), MODELS["resnet8x4"](), review_weight=2.0, warmup_epochs=20,
-                         student_preacts=kind == "preacts").eval()
+                         student_preacts=kind == "preacts", teacher_preacts=teachers_kind == "preacts").eval()
     images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
     s, t = (network(images, return_features=True)[1] for network in (distiller.student, distiller.teacher))
     students = [*s[kind][1:], s["pooled"].view(4, 64, 1, 1)]
-    teachers = [*t["preacts"][1:], t["pooled"].view(4, 256, 1, 1)]
+    teachers = [*t[teachers_kind][1:], t["pooled"].view(4, 256, 1, 1)]
     assert len(distiller.fusions) == 4 and distiller.fusions[3].attention is None
     deeper, total = None, 0
     for i in 3, 2, 1, 0:
