@@ -62,6 +62,15 @@ def test_its_table_of_our_runs_is_that_of_the_results():
     assert len(rows) == 4 and all(row in (ROOT / "results/README.md").read_text().splitlines() for row in rows)
 
 
+def test_its_row_of_short_runs_is_that_of_the_results():
+    header, _, row = README.split("**ResNet-56 → ResNet-20 on CIFAR-100")[1].split("\n\n")[1].splitlines()
+    names = {"alone": "ce", "KD": "kd", "FitNet": "fitnet", "ICKD": "ickd", "CE + KL": "logits_k1",
+             "DPK": "dpk_small_k1"}
+    table = (ROOT / "results/README.md").read_text().split("\n## ")[1]
+    for name, figure in zip(header.strip("| ").split(" | "), row.strip("| ").split(" | ")):
+        assert f"| {names[name]} | {figure} |" in table
+
+
 def test_yaml_is_not_a_package():
     assert not list((ROOT / "yaml").glob("*.py"))
     assert Path(yaml.__file__).parent != ROOT / "yaml"
