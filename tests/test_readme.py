@@ -67,7 +67,7 @@ def test_its_row_of_short_runs_is_that_of_the_results():
     names = {"alone": "ce", "KD": "kd", "FitNet": "fitnet", "ICKD": "ickd", "CE + KL": "logits_k1",
              "DPK": "dpk_small_k1"}
     table = (ROOT / "results/README.md").read_text().split("\n## ")[1]
-    for name, figure in zip(header.strip("| ").split(" | "), row.strip("| ").split(" | ")):
+    for name, figure in zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True):
         assert f"| {names[name]} | {figure} |" in table
 
 
