@@ -1,4 +1,4 @@
-"""The published weights and hyper-parameters: in the constructors, and in the files for CIFAR-100."""
+"""The published weights and hyper-parameters: in the constructors, in the files for CIFAR-100 and for ImageNet."""
 
 import inspect
 from pathlib import Path
@@ -7,9 +7,11 @@ import pytest
 
 from distillers import DISTILLERS
 from train_cifar import Settings
+from train_imagenet import read_settings
 from utils.config import load_config
 
 ROOT = Path(__file__).parents[1]
+IMAGENET_FILES = sorted(ROOT.glob("yaml/imagenet/*.yaml"))
 FILES = [path for path in sorted(ROOT.glob("yaml/*.yaml")) if not path.stem.startswith("quickstart")]
 
 PUBLISHED = {  # RepDistiller's and mdistiller's scripts, or the authors' own
@@ -46,6 +48,23 @@ OF_A_PAIR = {  # the authors' where they have the pair; else the YAML file says 
         "res50_mv2": 30, "res50_vgg8": 5, "wrn40_2_sv1": 5}},
 }
 
+ON_IMAGENET = {  # mdistiller's, or the authors' own; FitNet's is CIFAR's, none being published
+    "ce": {},
+    "kd": {"ce_weight": 0.5, "kd_weight": 0.5, "temperature": 1},
+    "fitnet": {"hint_weight": 100, "student_stage": 2, "teacher_stage": 2},
+    "at": {"at_weight": 1000},
+    "crd": {"crd_weight": 0.8, "negatives": 16384},
+    "reviewkd": {"r34_r18": {"review_weight": 1, "teacher_preacts": False, "student_preacts": False},
+                 "r50_mobilenetv1": {"review_weight": 8, "teacher_preacts": False, "student_preacts": True,
+                                     "mid_channels": 256}},
+    "ickd": {"ce_weight": 0.5, "kd_weight": 0.5, "icc_weight": 2, "temperature": 1, "projector_kernel": 3},
+    "dkd": {"r34_r18": {"alpha": 1, "beta": 0.5, "temperature": 1, "warmup_epochs": 1},
+            "r50_mobilenetv1": {"alpha": 1, "beta": 2, "temperature": 1, "warmup_epochs": 1}},
+    "dist": {"inter_weight": 2, "intra_weight": 2, "temperature": 1},
+    "dpk": {"ce_weight": 0.8, "kd_weight": 0.8, "temperature": 1, "feature_weight": 0.2, "min_ratio": 0.1,
+            "fallback_ratio": 0.8, "min_tokens": 4},
+}
+
 
 def defaults(name):
     return {key: list(p.default) if isinstance(p.default, tuple) else p.default
@@ -76,3 +95,21 @@ def test_the_file_has_them_too(path):
         assert [stage["weight"] for stage in cfg.distiller["stages"]] == [0.6, 1]
     elif name != "ce":  # every connector in the student's optimizer, as in the field's code
         assert (cfg.connectors.optimizer, cfg.connectors.weight_decay) == ("student", 5e-4)
+
+
+@pytest.mark.parametrize("path", IMAGENET_FILES, ids=lambda path: path.stem)
+def test_the_file_for_imagenet_has_its_own(path):
+    cfg, (name, _, pair) = read_settings(path), path.stem.partition("_")
+    expected = ON_IMAGENET[name].get(pair, ON_IMAGENET[name])
+    used = defaults(name) | cfg.distiller
+    assert used | expected == used
+    if pair.endswith("authors"):
+        return
+    optimizer, connectors = cfg.optimizer, cfg.connectors
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.1, 0.9, False)
+    assert (optimizer.weight_decay, optimizer.milestones, optimizer.gamma) == (1e-4, [30, 60, 90], 0.1)
+    if name == "dpk":
+        assert (connectors.optimizer, connectors.lr, connectors.betas) == ("adamw", 1e-4, [0.9, 0.95])
+        assert (connectors.weight_decay, connectors.warmup_epochs, connectors.min_lr) == (1e-4, 20, 1e-5)
+    elif name in ("fitnet", "crd", "reviewkd", "ickd"):
+        assert (connectors.optimizer, connectors.weight_decay) == ("student", 1e-4)
