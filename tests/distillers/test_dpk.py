@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from distillers.dpk import (
     DPK,
     Attention,
+    Block,
     DPKStage,
     minibatch_cka,
     patchify,
@@ -62,8 +63,9 @@ def related(n=9, seed=1):
     return x, (x @ torch.randn(4, 5, generator=generator)).relu() + 0.1 * torch.randn(n, 3, 4, 5, generator=generator)
 
 
-def test_cka_is_the_u_statistic():
-    x, y = related()
+@pytest.mark.parametrize("n", [4, 9])
+def test_cka_is_the_u_statistic(n):
+    x, y = related(n)
     assert minibatch_cka(x, y).item() == pytest.approx(cka_by_u_statistic(x, y), abs=1e-5)
 
 
@@ -158,6 +160,23 @@ def test_attention_in_half_precision_on_a_cpu_is_the_fused_one(n):
     rounding = 1e-7 * max(fused.norm() for fused in results[1])
     for by_definition, fused in zip(*results):
         assert (by_definition - fused).norm() <= 0.02 * fused.norm() + rounding  # bfloat16 has 8 bits: 0.004 a rounding
+
+
+def test_a_block_is_pytorchs_pre_norm_layer():
+    torch.manual_seed(0)
+    block, theirs = Block(48, 8), torch.nn.TransformerEncoderLayer(
+        48, 8, 4 * 48, dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    bias = torch.cat([block.attn.q_bias, torch.zeros(48), block.attn.v_bias])  # none on the keys
+    theirs.load_state_dict({
+        "self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": bias,
+        "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
+        "linear1.weight": block.mlp[0].weight, "linear1.bias": block.mlp[0].bias,
+        "linear2.weight": block.mlp[2].weight, "linear2.bias": block.mlp[2].bias,
+        **{f"{norm}.{name}": p for norm in ("norm1", "norm2") for name, p in getattr(block, norm).named_parameters()}})
+    x = 0.01 * torch.randn(4, 10, 48)  # small, so that the norms' eps matters
+    assert torch.allclose(block(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------- a stage
