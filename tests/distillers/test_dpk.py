@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 from distillers.dpk import (
     DPK,
+    STAGE,
     Attention,
     Block,
     DPKStage,
@@ -296,7 +298,7 @@ def test_dynamic_ratio_follows_cka_and_guards():
 
 
 def test_without_teacher_tokens_the_loss_does_not_see_them_as_input():
-    stage, (student_map, teacher_map) = DPKStage(6, 10, ratio=0.5, teacher_tokens=False, **SMALL), maps()
+    stage, (student_map, teacher_map) = DPKStage(6, 10, ratio=0.25, teacher_tokens=False, **SMALL), maps()
     assert stage.teacher_encoder is None
     predictions = []
     stage.decoder.register_forward_hook(lambda module, args, output: predictions.append(output))
@@ -381,6 +383,18 @@ def test_losses_are_weighted_and_each_stage_has_its_own_cka():
         assert distiller.metrics[f"ratio_{i}"] == pytest.approx(ratio, abs=1e-4)
         cka = minibatch_cka(features["maps"][i], teacher_features["maps"][i]).item()
         assert distiller.metrics[f"cka_{i}"] == pytest.approx(cka, abs=1e-4)
+
+
+def test_the_last_two_stages_by_default():
+    def defaults(module):
+        return {key: parameter.default for key, parameter in inspect.signature(module).parameters.items()}
+
+    distiller = build(stages=None)
+    assert distiller.plan == [(2, 2, 0.6), (3, 3, 1.0)]
+    of_a_stage = defaults(DPKStage)
+    assert {key: of_a_stage[key] for key in ("encoder", "decoder", "patch")}.items() <= STAGE.items()
+    for key in "min_ratio", "fallback_ratio", "min_tokens", "teacher_tokens":
+        assert of_a_stage[key] == defaults(DPK)[key]
 
 
 def test_ablations_are_arguments():
