@@ -171,6 +171,17 @@ def test_any_pair_of_networks(student, teacher):
         assert total.isfinite() and all(p.grad is not None for p in module.parameters()), name
 
 
+@pytest.mark.parametrize("function", ["kd_loss", "map_shapes", "pooled_width", "_apply"])
+def test_what_several_files_repeat_is_the_same_in_all(function):
+    copies = set()
+    for name in DISTILLERS:
+        for node in ast.walk(ast.parse((ROOT / "distillers" / f"{name}.py").read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == function:
+                node.body = node.body[ast.get_docstring(node) is not None:]
+                copies.add(ast.unparse(node))
+    assert len(copies) == 1
+
+
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_a_copied_file_works_alone(name, tmp_path):
     source = (ROOT / "distillers" / f"{name}.py").read_text()
