@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def test_the_cross_entropy_has_its_weight_and_its_smoothing(name):
     log_p = logits.double().log_softmax(1)  # 80 % of the target on its class, 20 % on all
     expected = -0.8 * log_p[range(8), targets].mean() - 0.2 * log_p.mean()
     assert losses["ce"].item() == pytest.approx(weight * expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_weight_may_be_zero_and_not_negative(name):
+    parameters = inspect.signature(DISTILLERS[name]).parameters
+    for key in [key for key in parameters if key.endswith("_weight") or key in ("alpha", "beta")]:
+        present, without = [{term for term, loss in call(distiller, *batch())[1].items() if loss > 0}
+                            for distiller in (build(name), build(name, **{key: 0.0}))]
+        assert without < present
+        with pytest.raises(ValueError, match=key):
+            build(name, **{key: -0.1})
+    for smoothing in -0.1, 1.1:
+        with pytest.raises(ValueError, match=f"label_smoothing: {smoothing}"):
+            build(name, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
