@@ -34,8 +34,8 @@ def read_preacts(model, image_size):
     """The network's pre-activations without the stem's on a blank image, and for each the BatchNorm that makes it.
 
     [((C, H, W), nn.BatchNorm2d or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
-    the pre-activation itself (a residual sum), it is the last of that shape on the main path, after the stage before. A
-    network without `preacts` gives its `maps`.
+    the pre-activation itself (a residual sum), it is the last of that shape on the main path. A network without
+    `preacts` gives its `maps`.
     """
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
@@ -51,14 +51,12 @@ def read_preacts(model, image_size):
         handle.remove()
     for module, mode in modes.items():
         module.train(mode)
-    found, after = [], 0
-    for preact in preacts:
-        same = [k for k, (_, output) in enumerate(outputs) if output is preact]
-        of_shape = [k for k, (_, output) in enumerate(outputs) if k >= after and output.shape == preact.shape]
-        at = (same or of_shape or [None])[-1]
-        after = at + 1 if at is not None else after
-        found.append((tuple(preact.shape[1:]), None if at is None else outputs[at][0]))
-    return found[1:]
+    found = []
+    for preact in preacts[1:]:
+        same = [module for module, output in outputs if output is preact]
+        of_shape = [module for module, output in outputs if output.shape == preact.shape]
+        found.append((tuple(preact.shape[1:]), (same or of_shape or [None])[-1]))
+    return found
 
 
 class OFD(nn.Module):

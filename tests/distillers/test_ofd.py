@@ -79,3 +79,15 @@ def test_weights_of_the_stages():
     assert not distiller.train().teacher.training
     with pytest.raises(ValueError, match="ofd_weight"):
         OFD(MODELS["resnet8"](), MODELS["resnet14"](), ofd_weight=-1.0)
+
+
+def test_without_batchnorm_the_margin_is_zero():
+    teacher = MODELS["resnet14"]()
+    for module in list(teacher.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, torch.nn.Identity())
+    distiller = OFD(MODELS["resnet8"](), teacher)
+    for i, width in enumerate((16, 32, 64)):
+        assert torch.equal(getattr(distiller, f"margin{i}"), torch.zeros(width))
+    assert distiller(torch.randn(4, 3, 32, 32), torch.arange(4))[1]["ofd"].isfinite()
