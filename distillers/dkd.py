@@ -6,7 +6,8 @@ from torch import nn
 
 
 def standardize(logits):
-    """Each row with mean 0 and standard deviation 1: (B, K) -> (B, K) (Sun et al., CVPR 2024)."""
+    """Each row with mean 0 and standard deviation 1: (B, K) -> (B, K), in float32 (Sun et al., CVPR 2024)."""
+    logits = logits.float()
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
@@ -69,9 +70,9 @@ class DKD(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            teacher_logits = self.teacher(images).float()
+            teacher_logits = self.teacher(images)
         logits = self.student(images)
-        pair = logits.float(), teacher_logits
+        pair = logits, teacher_logits
         if self.logit_standardization:
             pair = [standardize(z) for z in pair]
         tckd, nckd = dkd_losses(*pair, targets, self.temperature)

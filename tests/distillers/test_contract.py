@@ -186,7 +186,7 @@ def test_any_pair_of_networks(student, teacher):
         assert total.isfinite() and all(p.grad is not None for p in module.parameters()), name
 
 
-@pytest.mark.parametrize("function", ["kd_loss", "map_shapes", "pooled_width", "_apply"])
+@pytest.mark.parametrize("function", ["kd_loss", "standardize", "map_shapes", "pooled_width", "_apply"])
 def test_what_several_files_repeat_is_the_same_in_all(function):
     copies = set()
     for name in DISTILLERS:
