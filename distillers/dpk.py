@@ -74,7 +74,12 @@ def minibatch_cka(x, y):
 # 2. The ratio of prior knowledge
 
 def prior_ratio(cka, floor=0.15, fallback=0.9):
-    """π = 1 − CKA, at least `floor`; `fallback` where CKA says nothing (NaN, ≤ 0.1, ≥ 1). Floats in, float out."""
+    """π = 1 − CKA, at least `floor`; `fallback` where CKA says nothing (NaN, ≤ 0.1, ≥ 1).
+
+    A float gives a float; a tensor (…) gives a tensor (…), on its device.
+    """
+    if isinstance(cka, torch.Tensor):
+        return torch.where((cka > 0.1) & (cka < 1), (1 - cka).clamp(min=floor), fallback)
     return max(1 - cka, floor) if 0.1 < cka < 1 else fallback
 
 
@@ -107,7 +112,10 @@ def select(tokens, positions):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a bias on queries and values and none on keys: (B, n, D) -> (B, n, D)."""
+    """Multi-head self-attention with a bias on queries and values and none on keys: (B, n, D) -> (B, n, D).
+
+    mask: bool, broadcast to (B, heads, n, n); no query sees a key where it is False. None: all see all.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -117,7 +125,7 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, mask=None):
         B, n, D = x.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.heads, D // self.heads)
@@ -125,14 +133,16 @@ class Attention(nn.Module):
         if q.device.type == "cpu" and q.dtype != torch.float32:
             # the same by its definition: with so few dimensions a head, PyTorch's fused kernel for CPUs takes twice as
             # long or more in half precision (the test of this line has its tolerance)
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            x = scores.softmax(-1).to(v.dtype) @ v
         else:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = F.scaled_dot_product_attention(q, k, v, mask)
         return self.proj(x.transpose(1, 2).reshape(B, n, D))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, n, D) -> (B, n, D)."""
+    """Pre-norm transformer block: (B, n, D) -> (B, n, D); mask: of its attention."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -141,15 +151,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, mask=None):
+        x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
 class Encoder(nn.Module):
     """Embed a map, add positions, keep the tokens at `positions`, and encode these alone.
 
-    forward(map (B, C, H, W), positions (B, n)) -> (B, n, dim).
+    forward(map (B, C, H, W), positions (B, n)) -> (B, n, dim). Or positions as a mask, bool (B, N): the same for the
+    tokens where it is True, at their places in (B, N, dim), and what is at the others is to be thrown away.
     """
 
     def __init__(self, channels, patch, dim, depth, heads):
@@ -161,7 +172,14 @@ class Encoder(nn.Module):
     def forward(self, feature_map, positions):
         x = self.embed(feature_map).flatten(2).transpose(1, 2)  # (B, N, dim)
         x = x + sinusoid_positions(x.shape[1], x.shape[2], x.device)
-        return self.norm(self.blocks(select(x, positions)))
+        mask = None
+        if positions.dtype == torch.bool:  # where a sample has none, let them all see each other: softmax needs one
+            mask = (positions | ~positions.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, N), of the keys
+        else:
+            x = select(x, positions)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
 
 
 # 4. to 6. One stage: stitching, decoder, loss
@@ -177,11 +195,13 @@ class DPKStage(nn.Module):
     encoder, decoder: (dim, depth, heads). ratio: None for π = 1 − CKA ("dynamic"), or a fixed share of 0 to 1.
     min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,
     4). teacher_tokens=False: ablation, the teacher's positions stay empty.
+    masked=True: tokens are hidden from attention rather than dropped. The loss is the same and the work more, but no
+    shape depends on CKA and nothing waits for the device, as a CUDA graph needs; π and `cka` are then tensors.
     Raises ValueError for heads that do not divide a dim, a ratio outside 0 to 1, and maps that do not fit.
     """
 
     def __init__(self, student_channels, teacher_channels, *, encoder=(128, 6, 8), decoder=(128, 4, 8), patch=1,
-                 ratio=None, min_ratio=0.15, fallback_ratio=0.9, min_tokens=2, teacher_tokens=True):
+                 ratio=None, min_ratio=0.15, fallback_ratio=0.9, min_tokens=2, teacher_tokens=True, masked=False):
         super().__init__()
         for name, sizes in ("encoder", encoder), ("decoder", decoder):
             if [type(size) for size in sizes] != [int] * 3 or min(sizes) < 1 or sizes[0] % sizes[2]:
@@ -192,7 +212,7 @@ class DPKStage(nn.Module):
         if patch < 1 or min_tokens < 0:
             raise ValueError(f"patch, min_tokens: {patch}, {min_tokens}: patch is at least 1, min_tokens at least 0")
         self.channels = student_channels, teacher_channels
-        self.patch, self.ratio, self.cka = patch, ratio, torch.nan
+        self.patch, self.ratio, self.cka, self.masked = patch, ratio, torch.nan, masked
         self.min_ratio, self.fallback_ratio, self.min_tokens = min_ratio, fallback_ratio, min_tokens
         self.student_encoder = Encoder(student_channels, patch, *encoder)
         # Without its tokens the teacher's encoder would be a dead module: no gradient, and an error under DDP.
@@ -231,25 +251,38 @@ class DPKStage(nn.Module):
         if self.ratio is not None:
             return self.ratio, int(num_tokens * self.ratio)
         ratio = prior_ratio(self.cka, self.min_ratio, self.fallback_ratio)
+        if isinstance(ratio, torch.Tensor):
+            return ratio, (num_tokens * ratio).floor().clamp(self.min_tokens, num_tokens)
         return ratio, min(max(int(num_tokens * ratio), self.min_tokens), num_tokens)
 
     def forward(self, student_map, teacher_map, cka=None):
         teacher_map = teacher_map.detach()
         student_map = self.fit(student_map, teacher_map)
-        self.cka = minibatch_cka(student_map, teacher_map).item() if cka is None else cka  # fresh in every step
+        if cka is None:  # fresh in every step
+            cka = minibatch_cka(student_map, teacher_map).double()  # Python's floats are float64
+            cka = cka if self.masked else cka.item()
+        self.cka = cka
         target = patchify(teacher_map, self.patch)  # (B, N, p²C_t)
         B, N, _ = target.shape
         ratio, num_given = self._ratio(N)
 
         order = torch.rand(B, N, device=target.device).argsort(1)  # a random permutation of the positions per sample
-        given, visible = order[:, :num_given], order[:, num_given:]  # the teacher's positions, the student's
+        place = order.argsort(1)  # of each position in it
+        if self.masked:
+            given = place < num_given  # (B, N), the teacher's positions
+            visible = ~given  # the student's
+        else:
+            given, visible = order[:, :num_given], order[:, num_given:]
 
         hybrid = self.stitch(self.student_encoder(student_map, visible))  # (B, N − given, D)
         if self.teacher_encoder is None:
-            prior = hybrid.new_zeros(B, num_given, hybrid.shape[2])
+            prior = hybrid.new_zeros(B, given.shape[1], hybrid.shape[2])
         else:
             prior = self.stitch(self.teacher_encoder(teacher_map, given))  # (B, given, D)
-        hybrid = select(torch.cat([prior, hybrid], 1), order.argsort(1))  # every token back at its position
+        if self.masked:  # both (B, N, D)
+            hybrid = torch.where(given.unsqueeze(-1), prior, hybrid)
+        else:
+            hybrid = select(torch.cat([prior, hybrid], 1), place)  # every token back at its position
         hybrid = hybrid + sinusoid_positions(N, hybrid.shape[2], hybrid.device)
 
         loss = F.mse_loss(self.decoder(hybrid).float(), target.float())  # over all N tokens
@@ -301,8 +334,9 @@ class DPK(nn.Module):
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
+    masked: see DPKStage; train_cifar.py sets it where it runs a step as one CUDA graph.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
-    weighted; `metrics` then holds CKA and π of each stage as floats.
+    weighted; `metrics` then holds CKA and π of each stage, as floats, or as tensors where `masked`.
     Raises ValueError for a temperature that is not positive, a label_smoothing outside 0 to 1, an unknown ratio or key
     of a stage, a stage that a network lacks, and what DPKStage refuses.
     """
@@ -311,7 +345,8 @@ class DPK(nn.Module):
                  temperature: float = 1.0, feature_weight: float = 0.3, ratio: float | str = "dynamic",
                  min_ratio: float = 0.15, fallback_ratio: float = 0.9, min_tokens: int = 2,
                  ratio_start: float = 0.9, ratio_end: float = 0.15, schedule_epochs: int | None = None,
-                 teacher_tokens: bool = True, label_smoothing: float = 0.0, image_size: int = 32):
+                 teacher_tokens: bool = True, label_smoothing: float = 0.0, image_size: int = 32,
+                 masked: bool = False):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: {temperature} is not positive")
@@ -330,7 +365,7 @@ class DPK(nn.Module):
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.kd_weight, self.temperature = ce_weight, kd_weight, temperature
-        self.feature_weight, self.metrics = feature_weight, {}
+        self.feature_weight, self.masked, self.metrics = feature_weight, masked, {}
         self.schedule = (ratio, schedule_epochs, ratio_start, ratio_end)
 
         shapes = {"student": map_shapes(student, image_size), "teacher": map_shapes(teacher, image_size)}
@@ -350,7 +385,7 @@ class DPK(nn.Module):
                 shapes["student"][stage["student"]][0], shapes["teacher"][stage["teacher"]][0],
                 encoder=stage["encoder"], decoder=stage["decoder"], patch=stage["patch"],
                 ratio=None if isinstance(ratio, str) else ratio, min_ratio=min_ratio, fallback_ratio=fallback_ratio,
-                min_tokens=min_tokens, teacher_tokens=teacher_tokens))
+                min_tokens=min_tokens, teacher_tokens=teacher_tokens, masked=masked))
         self.set_epoch(0)
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
@@ -375,7 +410,8 @@ class DPK(nn.Module):
         pairs = [(stage.fit(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
                  for (s, t, _), stage in zip(self.plan, self.stages)]
         # The CKA of all stages, fresh in every step: the one wait for the device, and for the other processes.
-        ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).tolist()
+        ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).double()
+        ckas = ckas.unbind() if self.masked else ckas.tolist()
         for (_, t, weight), stage, pair, cka in zip(self.plan, self.stages, pairs, ckas):
             loss, ratio = stage(*pair, cka)
             losses[f"dpk_{t}"] = self.feature_weight * weight * loss

@@ -1,18 +1,20 @@
 """Images a second of each part of training, for a pair of networks, and as a ratio to the bare bound.
 
-    python tests/benchmark.py resnet56 resnet20 [--batch 64] [--precision bf16] [--seconds 5]
+    python tests/benchmark.py resnet56 resnet20 [--batch 64] [--precision bf16] [--seconds 5] [--compile] [--eager]
     python tests/benchmark.py images [--seconds 5]
 
 The bound of a distiller: the teacher's forward, and the student's forward and backward, on tensors already in memory,
 in the same precision; of ce, the student's alone. Its whole step adds the data pipeline, the losses and connectors, the
 backward through them, the optimizers and the table of the log. Bound and step are measured in turns, so that a machine
 that changes its pace does so for both. Sizes of DPK's modules are those of yaml/dpk_<pair>.yaml where it exists.
+On a GPU both are CUDA graphs, as in train_cifar.py, unless --eager is given; --compile compiles both networks.
 
 `images` is the input pipeline of train_imagenet.py: JPEGs a second that one worker decodes, crops and augments, beside
 Pillow and torchvision doing the same, and by how much the pixels of a crop differ from theirs.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -31,10 +33,11 @@ from distillers import DISTILLERS, dpk
 from models import MODELS
 from train_cifar import Settings, read_settings
 from utils.data import Loader, load_data
-from utils.engine import build_autocast, pick_device
+from utils.engine import assemble, build_autocast, pick_device
 from utils.images import MEAN, STD, Images, Tree, random_resized_crop
 from utils.log import Table
-from utils.optim import build_optimizers, set_learning_rates
+from utils.optim import set_learning_rates
+from utils.step import forward_backward
 
 
 def seconds_per_call(functions, budget, device):
@@ -57,7 +60,7 @@ def dpk_settings(teacher, student):
         cfg = read_settings(path)
         if (cfg.teacher.name, cfg.student.name) == (teacher, student):
             return cfg
-    return Settings()
+    return Settings(distiller={"name": "dpk"})
 
 
 def main():
@@ -67,6 +70,8 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each figure")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of the whole steps")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--distillers", nargs="*", default=list(DISTILLERS), choices=list(DISTILLERS))
     args = parser.parse_args()
     if args.teacher == "images":
@@ -81,7 +86,9 @@ def main():
     loader = Loader(data.train, args.batch, mean=data.mean, std=data.std, train=True, device=device)
     images, targets = loader.batch(0, 0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.teacher} -> {args.student}, batch {args.batch}, {args.precision}, {name}, torch {torch.__version__}")
+    graph = device.type == "cuda" and not args.eager
+    print(f"{args.teacher} -> {args.student}, batch {args.batch}, {args.precision}, {name}, torch {torch.__version__}"
+          + ", CUDA graphs" * graph + ", compiled" * args.compile)
 
     def network(name):
         return MODELS[name]().to(device, memory_format=torch.channels_last)
@@ -107,38 +114,55 @@ def main():
         teacher_forward()
         student_step()
 
+    def captured(function):
+        """The same as a CUDA graph, where whole steps are."""
+        if not graph:
+            return function
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        captured_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured_graph):
+            function()
+        return captured_graph.replay
+
+    bounds = {"ce": captured(student_step), None: captured(both)}
     parts = seconds_per_call({"data pipeline": lambda: loader.batch(0, 1), "teacher forward": teacher_forward,
                               "student step": student_step}, args.seconds, device)
     for what, seconds in parts.items():
         show(what, seconds)
 
     for name in args.distillers:
-        cfg = dpk_settings(args.teacher, args.student) if name == "dpk" else Settings()
-        arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
-        distiller = DISTILLERS[name](network(args.student), network(args.teacher), **arguments).to(device).train()
-        optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
-        set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        cfg = dpk_settings(args.teacher, args.student) if name == "dpk" else Settings(distiller={"name": name})
+        cfg = dataclasses.replace(cfg, batch_size=args.batch, precision=args.precision, compile=args.compile)
+        run = assemble(cfg, network(args.student), network(args.teacher), loader, None, device, 1, graph=graph)
+        run.distiller.train()
+        set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
         table = Table(1, device)
+        if graph:
+            run.graph.prepare(loader.choose(0, 1))
 
-        def step(distiller=distiller, optimizers=optimizers, scaler=scaler, table=table):
+        def step(run=run, table=table):
             torch.manual_seed(0)
-            batch, labels = loader.batch(0, 1)
-            with autocast():
-                index = (loader.indices,) if getattr(distiller, "needs_index", False) else ()
-                logits, losses = distiller(batch, labels, *index)
-            scaler.scale(sum(losses.values())).backward()
-            for optimizer in optimizers.values():
-                scaler.step(optimizer)
+            indices = loader.choose(0, 1)
+            if run.graph is not None:
+                run.graph(indices)
+                table.add(0, run.graph.table)
+            else:
+                forward_backward(run, *loader.load(indices), table, 0)
+            for optimizer in run.optimizers.values():
+                run.scaler.step(optimizer)
                 optimizer.zero_grad()
-            scaler.update()
-            metrics = getattr(distiller, "metrics", {})
-            table.write(0, losses, metrics, (logits.argmax(1) == labels).sum(), len(labels))
+            run.scaler.update()
 
-        times = seconds_per_call({"bound": student_step if name == "ce" else both, "step": step}, args.seconds, device)
+        bound = bounds.get(name, bounds[None])
+        times = seconds_per_call({"bound": bound, "step": step}, args.seconds, device)
         show(f"{name}, whole step", times["step"], times["bound"])
-        if name == "dpk":
-            show_parts_of_dpk(distiller, images, autocast, args, device, show)
+        if name == "dpk" and not graph:
+            show_parts_of_dpk(run.distiller, images, autocast, args, device, show)
 
 
 def show_parts_of_dpk(distiller, images, autocast, args, device, show):

@@ -228,19 +228,25 @@ class Loader:
         for step in range(first_step, self.steps):
             yield self.batch(epoch, step)
 
-    def batch(self, epoch, step):
-        """-> images float32 (B, 3, H, W), labels int64 (B,), on the device. Raises IndexError past the last step."""
+    def choose(self, epoch, step):
+        """Which images are this process's in a step: indices int64 (B,), on the device. IndexError past the last."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         if self.train and epoch != self.drawn:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
             self.order, self.drawn = torch.from_numpy(order).to(self.labels.device), epoch
         indices = self.order[step * self.batch_size : (step + 1) * self.batch_size]
-        if self.train:
-            indices = indices[: len(indices) // self.world * self.world][self.rank :: self.world]
+        return indices[: len(indices) // self.world * self.world][self.rank :: self.world] if self.train else indices
+
+    def load(self, indices):
+        """indices (B,) -> images float32 (B, 3, H, W), labels int64 (B,), on the device; crops and flips are drawn."""
         self.indices = indices
         images, labels = self.images.index_select(0, indices), self.labels[indices]  # 4x images[indices] on a CPU
         if self.train:
             images = random_crop_flip(images, self.padding)
         images = normalize(images, self.mean, self.std)
         return images if self.channels_last else images.contiguous(), labels
+
+    def batch(self, epoch, step):
+        """-> images float32 (B, 3, H, W), labels int64 (B,), on the device. Raises IndexError past the last step."""
+        return self.load(self.choose(epoch, step))

@@ -19,6 +19,7 @@ from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
+from utils.step import GraphedStep, forward_backward
 from utils.stopping import SIGNALLED, Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -72,14 +73,15 @@ def build_distiller(cfg, student, teacher, **known):
     return built
 
 
-def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1):
-    """All that a run works with, around networks on the device."""
+def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
+             graph=False):
+    """All that a run works with, around networks on the device. graph: run a step as one CUDA graph."""
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
     torch.manual_seed((cfg.seed + 1) % 2**63)  # the connectors', whatever was drawn to train or load a teacher
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    run.distiller = build_distiller(cfg, student, teacher, num_samples=train_loader.num_samples)
+    run.distiller = build_distiller(cfg, student, teacher, num_samples=train_loader.num_samples, masked=graph)
     run.distiller.to(device, memory_format=memory_format)
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -87,6 +89,7 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
         if model is not None:
             model.compile()
     run.model = run.distiller
+    run.graph = GraphedStep(run) if graph else None
     if world > 1:
         run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True)
         # Not rank 0's buffers to all in every step: `evaluate` does so with BatchNorm's, and CRD's banks are the same
@@ -104,6 +107,18 @@ def weights_failure(run, epoch, step):
     return "" if torch.stack(finite).all() else f"the weights are not finite after epoch {epoch + 1}, step {step}"
 
 
+def prepare_graph(run, epoch):
+    """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one."""
+    if run.graph is not None:
+        try:
+            run.graph.prepare(run.train_loader.choose(epoch, 0))
+        except RuntimeError as error:
+            print(f"cuda_graph: a step of this distiller cannot be one ({one_line(error)}); going on without",
+                  file=sys.stderr)
+            run.graph = None
+    return run.graph
+
+
 def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
     """Steps `first_step` to the end of `epoch`, or to a stop; returns the number of steps done.
 
@@ -113,23 +128,27 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
     data cannot be read.
     """
     run.model.train()
-    loader, metrics = run.train_loader, getattr(run.distiller, "metrics", {})
+    loader = run.train_loader
     batches, done, steps, failure = loader.epoch(epoch, first_step), first_step, len(loader), ""
+    graph = prepare_graph(run, epoch)
     for step in progress(range(first_step, steps), f"epoch {epoch + 1}/{cfg.epochs}"):
         # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
         torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
-        for part in range(run.accumulate):
+        indices = loader.choose(epoch, step) if graph else ()
+        graphed = graph and len(indices) == len(graph.indices)  # not the last, smaller batch
+        if graphed:
+            graph(indices)
+            table.add(step, graph.table)
+        elif graph:
+            batches = loader.epoch(epoch, step)
+        for part in range(0 if graphed else run.accumulate):
             start = time.perf_counter()
             images, targets = next(batches)
             clock["waited"] += time.perf_counter() - start
             # DDP averages the gradients of all processes with the last batch of a step, once.
             alone = run.model is not run.distiller and part + 1 < run.accumulate
             with run.model.no_sync() if alone else contextlib.nullcontext():
-                index = (loader.indices,) if getattr(run.distiller, "needs_index", False) else ()
-                with run.autocast():
-                    logits, losses = run.model(images, targets, *index)
-                run.scaler.scale(sum(losses.values()) / run.accumulate).backward()
-            table.write(step, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
+                forward_backward(run, images, targets, table, step, run.accumulate)
         for optimizer in run.optimizers.values():
             run.scaler.step(optimizer)
             optimizer.zero_grad()

@@ -47,6 +47,13 @@ class Table:
             self.names, self.losses, rows = saved["names"], saved["losses"], saved["rows"].to(device)
             self.rows = F.pad(rows, (0, 0, 0, max(steps - len(rows), 0)))  # other processes may be other steps an epoch
 
+    def add(self, step, other):
+        """Add the one row of another table to row `step`."""
+        if self.rows is None:
+            self.names, self.losses = other.names, other.losses
+            self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
+        self.rows[step].add_(other.rows[0])
+
     def write(self, step, losses, metrics, correct, n):
         """Add n images to row `step`: everything times n, so that batches and processes can be summed."""
         if self.rows is None:

@@ -127,6 +127,12 @@ def test_scheduled_ratio_ends_where_it_should():
     assert scheduled_ratio("exponential", 0.5, 0.8, 0.2) == pytest.approx(0.4)
 
 
+def test_prior_ratio_of_tensors_is_that_of_floats():
+    ckas = [math.nan, math.inf, *np.linspace(-0.2, 1.2, 57).tolist()]
+    ratios = prior_ratio(torch.tensor(ckas, dtype=torch.float64), floor=0.2, fallback=0.8)
+    assert ratios.tolist() == [prior_ratio(cka, floor=0.2, fallback=0.8) for cka in ckas]
+
+
 def test_patchify_is_unfold():
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(patchify(x, 1), x.flatten(2).transpose(1, 2))
@@ -310,6 +316,32 @@ def test_without_teacher_tokens_the_loss_does_not_see_them_as_input():
     assert all(p.grad is not None for p in stage.parameters())
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("arguments", [
+    {}, {"ratio": 0.3}, {"ratio": 0.0}, {"ratio": 1.0}, {"teacher_tokens": False}, {"min_ratio": 0.0, "min_tokens": 16},
+    {"patch": 2, "min_ratio": 0.6}, {"encoder": (16, 3, 2), "decoder": (16, 2, 2)}])
+def test_masked_tokens_are_dropped_tokens(arguments, precision):
+    """The same loss, ratio and gradients; in float64 up to rounding, in bfloat16 within a few per cent."""
+    student_map, teacher_map = (a.double() for a in maps())
+    student_map = student_map + 2 * teacher_map[:, :6]
+    results = []
+    for masked in False, True:
+        torch.manual_seed(0)
+        stage = DPKStage(6, 10, **(SMALL | arguments), masked=masked).double()
+        leaf = student_map.clone().requires_grad_()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            loss, ratio = stage(leaf, teacher_map)
+        loss.backward()
+        results.append([loss.detach(), leaf.grad, *(p.grad for p in stage.parameters())])
+        assert float(ratio) == pytest.approx(arguments.get("ratio", prior_ratio(float(stage.cka), stage.min_ratio)))
+    assert "ratio" in arguments or 0.3 < float(stage.cka) < 0.8
+    for dropped, hidden in zip(*results):
+        assert hidden.isfinite().all()
+        tolerance = 1e-4 if precision == torch.float64 else 0.05  # F.mse_loss is in float32
+        assert (hidden - dropped).norm() <= tolerance * dropped.norm() + 1e-6
+
+
 def test_sizes_differ_and_patches():
     stage = DPKStage(6, 10, patch=2, ratio=0.5, **SMALL)
     student_map, teacher_map = torch.randn(8, 6, 3, 3), torch.randn(8, 10, 8, 8)
@@ -395,6 +427,17 @@ def test_the_last_two_stages_by_default():
     assert {key: of_a_stage[key] for key in ("encoder", "decoder", "patch")}.items() <= STAGE.items()
     for key in "min_ratio", "fallback_ratio", "min_tokens", "teacher_tokens":
         assert of_a_stage[key] == defaults(DPK)[key]
+
+
+def test_masked_metrics_are_tensors_and_the_same():
+    images, targets, results = torch.randn(8, 3, 32, 32), torch.arange(8), []
+    for masked in False, True:
+        distiller = build(masked=masked)
+        torch.manual_seed(1)
+        _, losses = distiller(images, targets)
+        results.append({key: torch.as_tensor(value).item() for key, value in (losses | distiller.metrics).items()})
+        assert isinstance(distiller.metrics["cka_2"], torch.Tensor if masked else float)
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_ablations_are_arguments():

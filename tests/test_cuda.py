@@ -1,0 +1,171 @@
+"""On a GPU, where there is one: the numbers of the CPU and of a CUDA graph, and no step that waits for the device."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from distillers import DISTILLERS
+from models import MODELS
+from train_cifar import Settings
+from utils import engine
+from utils.data import Loader, load_data
+from utils.engine import build_autocast, pick_device
+from utils.log import Table
+from utils.optim import build_optimizers, set_learning_rates
+from utils.step import forward_backward
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+ROOT = Path(__file__).parents[1]
+SMALL = {"encoder": (8, 1, 2), "decoder": (8, 1, 2)}
+ARGUMENTS = {"dpk": {"stages": [{"student": -2, "teacher": -2, **SMALL}, SMALL]},
+             "crd": {"num_samples": 1000, "negatives": 64}}
+
+
+def build(name, device):
+    torch.manual_seed(0)
+    distiller = DISTILLERS[name](MODELS["resnet8"](), MODELS["resnet14"](), **ARGUMENTS.get(name, {})).train()
+    return distiller.to(device, memory_format=torch.channels_last)
+
+
+def losses_and_gradients(name, device, monkeypatch):
+    distiller = build(name, device)
+    generator = torch.Generator().manual_seed(1)
+    images, targets = torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16)
+    index = (3 * torch.arange(16, device=device),) if getattr(distiller, "needs_index", False) else ()
+    rand = torch.rand
+    with monkeypatch.context() as patch:  # token positions and negatives, the same on both
+        patch.setattr(torch, "rand", lambda *size, device=None: rand(*size, generator=generator).to(device))
+        _, losses = distiller(images.to(device, memory_format=torch.channels_last), targets.to(device), *index)
+    sum(losses.values()).backward()
+    return ({key: value.item() for key, value in losses.items()},
+            {key: value.grad.cpu() for key, value in distiller.named_parameters()})
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_losses_and_gradients_are_those_of_the_cpu(name, monkeypatch):
+    pick_device(Settings())  # float32 without TF32
+    losses, gradients = losses_and_gradients(name, "cpu", monkeypatch)
+    on_gpu, gradients_on_gpu = losses_and_gradients(name, "cuda", monkeypatch)
+    assert on_gpu == pytest.approx(losses, rel=1e-3)
+    for key, gradient in gradients.items():
+        assert (gradients_on_gpu[key] - gradient).norm() <= 0.01 * gradient.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_step_does_not_wait_for_the_device(name, precision):
+    """But for DPK's CKA, once, and for GradScaler, which looks for infinities once an optimizer."""
+    cfg = Settings(precision=precision)
+    device = pick_device(cfg)
+    data = load_data("synthetic", samples=1000)
+    loader = Loader(data.train, 64, mean=data.mean, std=data.std, train=True, device=device)
+    distiller, autocast = build(name, device), build_autocast(precision, device)
+    optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
+    set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+    table = Table(4, device)
+
+    def step(i):
+        torch.manual_seed(i)
+        images, targets = loader.batch(0, i)
+        with autocast():
+            logits, losses = distiller(images, targets, *(
+                (loader.indices,) if getattr(distiller, "needs_index", False) else ()))
+        scaler.scale(sum(losses.values())).backward()
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        table.write(i, losses, getattr(distiller, "metrics", {}), (logits.argmax(1) == targets).sum(), len(targets))
+
+    step(0)
+    step(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= (name == "dpk") + (precision == "fp16") * len(optimizers), waits
+
+
+def rows_and_weights(name, graph, precision, steps=4):
+    """Of steps with 32, 32, 32 and 4 images, on weights that do not move."""
+    cfg = Settings(batch_size=32, precision=precision, distiller={"name": name} | ARGUMENTS.get(name, {}))
+    device = pick_device(cfg)
+    data = load_data("synthetic", samples=100)
+    train, test = (Loader(split, 32, mean=data.mean, std=data.std, train=split is data.train, device=device)
+                   for split in (data.train, data.test))
+    torch.manual_seed(0)
+    networks = [MODELS[name]().to(device, memory_format=torch.channels_last) for name in ("resnet8", "resnet14")]
+    run = engine.assemble(cfg, *networks, train, test, device, 1, graph=graph)
+    set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, 0, 10)
+    table, gradients = Table(steps, device), []
+    run.distiller.train()
+    captured = engine.prepare_graph(run, 0)
+    assert (captured is not None) == graph
+    for step in range(steps):
+        torch.manual_seed(step)
+        indices = train.choose(0, step)
+        if graph and len(indices) == 32:
+            captured(indices)
+            table.add(step, captured.table)
+        else:
+            forward_backward(run, *train.load(indices), table, step)
+        gradients.append([parameter.grad.clone() for parameter in run.distiller.parameters()])
+        for optimizer in run.optimizers.values():
+            optimizer.zero_grad()
+    return table, gradients, {key: value.clone() for key, value in run.distiller.named_buffers()}
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.05)])
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_graph_does_what_its_step_does(name, precision, tolerance):
+    table, gradients, buffers = rows_and_weights(name, False, precision)
+    table_of_graph, gradients_of_graph, buffers_of_graph = rows_and_weights(name, True, precision)
+    assert table.names == table_of_graph.names
+    torch.testing.assert_close(table_of_graph.rows, table.rows, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(table.rows[0], table.rows[1])
+    for step, (graphed, plain) in enumerate(zip(gradients_of_graph, gradients)):
+        difference, size = (torch.cat([g.flatten() for g in which]).norm() for which in (
+            [a - b for a, b in zip(graphed, plain)], plain))
+        assert difference <= 2 * tolerance * size, (step, difference, size)
+    for key, value in buffers.items():
+        torch.testing.assert_close(buffers_of_graph[key], value, rtol=tolerance, atol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("ce", ""), ("kd", "cuda_graph: false"), ("kd", "compile: true"), ("kd", "precision: fp16"),
+    ("dpk", "cuda_graph: false"), ("dpk", ""), ("dpk", "compile: true")])
+def test_a_run_stops_and_goes_on(name, overrides, tmp_path):
+    """On a GPU the sums of two runs differ in their order: the same losses within a few per cent, not bit by bit."""
+    torch.save({"model": MODELS["resnet14"]().state_dict()}, tmp_path / "teacher.pth")
+    stages = "[{student: -1, teacher: -1, encoder: [8, 1, 2], decoder: [8, 1, 2]}]"
+    (tmp_path / "run.yaml").write_text(
+        "data: {name: synthetic, samples: 1000}\nstudent: {name: resnet8}\nepochs: 2\nbatch_size: 32\n"
+        f"{overrides}\n"
+        + (f"teacher: {{name: resnet14, checkpoint: {tmp_path}/teacher.pth}}\n" if name != "ce" else "")
+        + f"distiller: {{name: {name}{', stages: ' + stages if name == 'dpk' else ''}}}\n")
+
+    def run(*overrides):
+        command = [sys.executable, "train_cifar.py", "--cfg", str(tmp_path / "run.yaml"), f"runs={tmp_path}/runs",
+                   "device=cuda", *overrides]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("name=whole")
+    assert "goes on from there" in run("name=parts", "stop_after=0.1")
+    run("name=parts")
+    whole, parts = ([json.loads(line) for line in (tmp_path / "runs" / run_name / "log.jsonl").read_text().splitlines()]
+                    for run_name in ("whole", "parts"))
+    assert "NVIDIA" in whole[0]["hardware"] or torch.cuda.get_device_name() in whole[0]["hardware"]
+    assert len(whole) == len(parts) == 3
+    assert whole[1]["ce"] == pytest.approx(parts[1]["ce"], rel=0.1)

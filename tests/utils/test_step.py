@@ -1,0 +1,118 @@
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distillers import DISTILLERS
+from models import MODELS
+from train_cifar import Settings
+from utils import engine
+from utils.data import Loader, Split, load_data
+from utils.log import Table
+
+STAGE = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
+ARGUMENTS = {"dpk": {"stages": [STAGE]}, "crd": {"negatives": 64}}
+
+
+@pytest.fixture
+def graphs_on_a_cpu(monkeypatch):
+    """CUDA graphs for a run: a replay does the work again and leaves it in the tensors of the capture."""
+    def install(run):
+        parameters, captures = list(run.distiller.parameters()), []
+
+        class Graph:
+            def replay(self):
+                run.graph._body()
+                for gradient, parameter in zip(self.gradients, parameters):
+                    gradient.copy_(parameter.grad)
+                    parameter.grad = None
+
+        @contextlib.contextmanager
+        def graph(captured):
+            yield
+            captured.gradients = [parameter.grad for parameter in parameters]
+            captures.append(captured)
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, replacement in (("Stream", lambda: stream), ("current_stream", lambda: stream),
+                                  ("stream", lambda stream: contextlib.nullcontext()), ("graph", graph),
+                                  ("set_sync_debug_mode", lambda mode: None), ("CUDAGraph", Graph)):
+            monkeypatch.setattr(torch.cuda, name, replacement)
+        return captures
+
+    return install
+
+
+def build_run(name, graph, device="cpu", **settings):
+    """A run of batches of 16, 16, 16 and 12 synthetic images."""
+    cfg = Settings(batch_size=16, precision="fp32", distiller={"name": name} | ARGUMENTS.get(name, {}), **settings)
+    data = load_data("synthetic", samples=100)
+    few = Split(data.train.images[:60], data.train.labels[:60])
+    loaders = [Loader(split, 16, mean=data.mean, std=data.std, train=train, device=device)
+               for split, train in ((few, True), (data.test, False))]
+    torch.manual_seed(0)
+    student, teacher = (MODELS[network]().to(device, memory_format=torch.channels_last)
+                        for network in ("resnet8", "resnet14"))
+    return cfg, engine.assemble(cfg, student, teacher, *loaders, torch.device(device), 1, graph=graph)
+
+
+def never_stop(*args, **kwargs):
+    return False
+
+
+never_stop.any_failed, never_stop.total = False, 0
+
+
+def train(cfg, run, epochs=2):
+    """The rows of all steps."""
+    rows = []
+    for epoch in range(epochs):
+        if hasattr(run.distiller, "set_epoch"):
+            run.distiller.set_epoch(epoch)
+        engine.set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, epoch, epochs)
+        table = Table(4, run.device)
+        assert engine.train_one_epoch(cfg, run, epoch, 0, table, {"waited": 0.0}, never_stop, None) == 4
+        rows.append(table.rows)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_graph_and_its_last_smaller_batch_train_as_without(name, graphs_on_a_cpu):
+    cfg, plain = build_run(name, graph=False)
+    _, graphed = build_run(name, graph=True)
+    captures = graphs_on_a_cpu(graphed)
+    expected, rows = train(cfg, plain), train(cfg, graphed)
+    assert len(captures) == (2 if hasattr(graphed.distiller, "set_epoch") else 1)  # else its numbers would be stale
+    assert rows[:, -1].tolist() == [16, 16, 16, 12] * 2
+    torch.testing.assert_close(rows, expected, rtol=1e-3, atol=1e-3)
+    ours, theirs = graphed.distiller.state_dict(), plain.distiller.state_dict()
+    for key, value in ours.items():  # BatchNorm's statistics and CRD's banks too: capturing leaves no trace
+        torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=1e-3, msg=key)
+
+
+def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(graphs_on_a_cpu, monkeypatch, capsys):
+    cfg, plain = build_run("kd", graph=False)
+    _, waiting = build_run("kd", graph=True)
+    graphs_on_a_cpu(waiting)
+    mode = []
+
+    def forward(images, targets, forward=waiting.distiller.forward):
+        if mode[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return forward(images, targets)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    waiting.distiller.forward = forward
+    assert torch.equal(train(cfg, plain), train(cfg, waiting))
+    assert waiting.graph is None and mode[-1] == "default"
+    assert "cuda_graph: a step of this distiller cannot be one (called a synchronizing CUDA" in capsys.readouterr().err
+    ours, theirs = waiting.distiller.state_dict(), plain.distiller.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_a_graph_for_cuda_and_one_process_alone():
+    assert build_run("kd", graph=False)[1].graph is None
+    assert build_run("kd", graph=True)[1].graph is not None
+    assert not build_run("dpk", graph=False)[1].distiller.masked
+    assert build_run("dpk", graph=True)[1].distiller.masked
