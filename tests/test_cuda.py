@@ -34,6 +34,8 @@ def build(name, device):
 
 def losses_and_gradients(name, device, monkeypatch):
     distiller = build(name, device)
+    if name == "crd":  # else all -1, and sorting draws their order
+        distiller.memory.labels.copy_(torch.arange(1000))
     generator = torch.Generator().manual_seed(1)
     images, targets = torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16)
     index = (3 * torch.arange(16, device=device),) if getattr(distiller, "needs_index", False) else ()
@@ -93,7 +95,7 @@ def test_a_step_does_not_wait_for_the_device(name, precision):
             step(2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     assert len(waits) <= (name == "dpk") + (precision == "fp16") * len(optimizers), waits
 
 
@@ -135,9 +137,11 @@ def test_a_graph_does_what_its_step_does(name, precision, tolerance):
     torch.testing.assert_close(table_of_graph.rows, table.rows, rtol=tolerance, atol=tolerance)
     assert not torch.equal(table.rows[0], table.rows[1])
     for step, (graphed, plain) in enumerate(zip(gradients_of_graph, gradients)):
-        difference, size = (torch.cat([g.flatten() for g in which]).norm() for which in (
-            [a - b for a, b in zip(graphed, plain)], plain))
-        assert difference <= 2 * tolerance * size, (step, difference, size)
+        graphed, plain = (torch.cat([gradient.flatten() for gradient in which]) for which in (graphed, plain))
+        if plain.isfinite().all():
+            assert (graphed - plain).norm() <= 2 * tolerance * plain.norm(), step
+        else:  # fp16 at GradScaler's first scale, which it then lowers
+            assert precision == "fp16" and not graphed.isfinite().all(), step
     for key, value in buffers.items():
         torch.testing.assert_close(buffers_of_graph[key], value, rtol=tolerance, atol=tolerance, msg=key)
 

@@ -60,12 +60,13 @@ def table(name, section, logs):
     for key, seeds in logs.items():
         cells = ["not run", "0", "", str(published.get(key, "–")), "", "", ""]
         if seeds:
-            headers, last = [log[0] for log in seeds], [log[-1] for log in seeds]
+            last = [log[-1] for log in seeds]
+            parts = [part for log in seeds for part in (log[0], *log[0].get("resumed", []))]
             cells = [spread([entry["top1"] for entry in last]), str(len(seeds)),
                      spread([entry["best_top1"] for entry in last]), str(published.get(key, "–")),
                      duration(statistics.mean(sum(entry["seconds"] for entry in log[1:]) for log in seeds)),
-                     ", ".join(dict.fromkeys(header["hardware"] for header in headers)),
-                     ", ".join(dict.fromkeys(commit(header["git"]) for header in headers))]
+                     ", ".join(dict.fromkeys(part["hardware"] for part in parts if "hardware" in part)),
+                     ", ".join(dict.fromkeys(commit(part["git"]) for part in parts if "git" in part))]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     commands = [f"python {shlex.join(command)}    # {key}" for key, command in commands.items()]
     return [*lines, "", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>"]

@@ -1,6 +1,8 @@
 """Where a run stands: latest.pth, a log that agrees with it, and a lock, so that no two processes write them."""
 
 import dataclasses
+import functools
+import operator
 
 try:
     import fcntl
@@ -77,7 +79,15 @@ def restore(run, state):
 
 
 def open_log(cfg, folder, state, world, device):
-    """Write the settings and the log's header, or cut a log that ran ahead of its checkpoint back to it."""
-    lines = read_log(folder / "log.jsonl", state["epoch"]) if state else []
-    write_log(folder / "log.jsonl", lines or [{"run": cfg.name} | environment(device, world)])
+    """Write the settings and the log's header, or cut a log that ran ahead of its checkpoint back to it.
+
+    A run that goes on with other hardware, versions or code than it had says so in the header's list "resumed".
+    """
+    now = environment(device, world)
+    lines = (read_log(folder / "log.jsonl", state["epoch"]) if state else []) or [{"run": cfg.name} | now]
+    before = functools.reduce(operator.or_, lines[0].get("resumed", []), lines[0])
+    changed = {key: value for key, value in now.items() if key != "command" and before.get(key) != value}
+    if changed:
+        lines[0].setdefault("resumed", []).append({"after_epoch": len(lines) - 1} | changed)
+    write_log(folder / "log.jsonl", lines)
     checkpoint.write(folder / "config.yaml", yaml_text(cfg))

@@ -290,4 +290,4 @@ def test_the_logs_are_of_the_runs_that_the_list_names(folder):
                 listed = flatten(yaml.safe_load(yaml_text(load_config(train_cifar.Settings, ROOT / cfg, overrides))))
                 logged = flatten(yaml.safe_load((ROOT / folder / run / "config.yaml").read_text()))
                 different = {key for key in listed.keys() | logged.keys() if listed.get(key) != logged.get(key)}
-                assert different <= {"data.root", "runs", "device", "stop_after", "save_every"}, run
+                assert different <= {"data.root", "runs", "device", "stop_after", "save_every", "cuda_graph"}, run

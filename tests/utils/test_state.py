@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
+from utils.checkpoint import append
 from utils.config import section, setting
 from utils.errors import InputError
 from utils.log import Table, read_log
@@ -49,6 +50,25 @@ def test_a_state_comes_back_whole(tmp_path):
     assert [state[key] for key in ("epoch", "step", "best", "clock")] == [1, 1, 3.0, {"seconds": 2.0}]
     assert Table(3, "cpu", state["table"]).means() == table.means()
     assert load_state(Settings(), tmp_path / "nothing", set()) is None
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
+    here = {"torch": "2.11", "hardware": "a CPU", "git": "abc", "command": "python train.py"}
+
+    def start(after, **changed):
+        monkeypatch.setattr("utils.state.environment", lambda device, world: here | changed)
+        open_log(Settings(), tmp_path, {"epoch": after} if after is not None else None, 1, "cpu")
+        append(tmp_path / "log.jsonl", {"epoch": (after or 0) + 1})
+        return read_log(tmp_path / "log.jsonl")
+
+    assert "resumed" not in start(None)[0]
+    assert "resumed" not in start(1, command="python train.py again")[0]
+    header = start(2, hardware="a GPU", git="abd")[0]
+    assert header == {"run": "run"} | here | {"resumed": [{"after_epoch": 2, "hardware": "a GPU", "git": "abd"}]}
+    assert start(3, hardware="a GPU", git="abd")[0] == header
+    lines = start(4)
+    assert lines[0]["resumed"] == [*header["resumed"], {"after_epoch": 4, "hardware": "a CPU", "git": "abc"}]
+    assert [line["epoch"] for line in lines[1:]] == [1, 2, 3, 4, 5]
 
 
 def test_another_config_is_refused_by_its_key(tmp_path):
