@@ -65,7 +65,7 @@ class Settings:
     connectors: ConnectorSettings = section(ConnectorSettings)
     precision: str = setting("bf16", "autocast; evaluation by --eval is in fp32", choices=["bf16", "fp16", "fp32"])
     channels_last: bool = setting(True, "memory format of the convolutions")
-    compile: bool = setting(False, "torch.compile student and teacher")
+    compile: bool = setting(False, "torch.compile student, teacher and DPK's transformer blocks")
     cuda_graph: bool = setting(True, "CUDA, one process: a step as one CUDA graph, many times as fast at small batches")
     device: str = setting("auto", "auto: CUDA where there is one", choices=["auto", "cuda", "cpu"])
     stop_after: float = setting(0.0, "save and leave after this many seconds; 0: never", low=0)

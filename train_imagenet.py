@@ -76,7 +76,7 @@ class Settings:
     connectors: ConnectorSettings = section(ConnectorSettings)
     precision: str = setting("bf16", "autocast; evaluation by --eval is in fp32", choices=["bf16", "fp16", "fp32"])
     channels_last: bool = setting(True, "memory format of the convolutions")
-    compile: bool = setting(False, "torch.compile student and teacher")
+    compile: bool = setting(False, "torch.compile student, teacher and DPK's transformer blocks")
     device: str = setting("auto", "auto: CUDA where there is one", choices=["auto", "cuda", "cpu"])
     timeout: float = setting(600.0, "seconds after which processes that wait for a stalled one give up", above=0)
     stop_after: float = setting(0.0, "save and leave after this many seconds; 0: never", low=0)

@@ -7,7 +7,7 @@ The bound of a distiller: the teacher's forward, and the student's forward and b
 in the same precision; of ce, the student's alone. Its whole step adds the data pipeline, the losses and connectors, the
 backward through them, the optimizers and the table of the log. Bound and step are measured in turns, so that a machine
 that changes its pace does so for both. Sizes of DPK's modules are those of yaml/dpk_<pair>.yaml where it exists.
-On a GPU both are CUDA graphs, as in train_cifar.py, unless --eager is given; --compile compiles both networks.
+On a GPU both are CUDA graphs, as in train_cifar.py, unless --eager is given; --compile is compile=true.
 
 `images` is the input pipeline of train_imagenet.py: JPEGs a second that one worker decodes, crops and augments, beside
 Pillow and torchvision doing the same, and by how much the pixels of a crop differ from theirs.
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each figure")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of the whole steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, in the whole steps")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--distillers", nargs="*", default=list(DISTILLERS), choices=list(DISTILLERS))
     args = parser.parse_args()
@@ -148,10 +148,7 @@ def main():
         def step(run=run, table=table):
             torch.manual_seed(0)
             indices = loader.choose(0, 1)
-            if run.graph is not None:
-                run.graph(indices)
-                table.add(0, run.graph.table)
-            else:
+            if run.graph is None or not run.graph(indices, table, 0):
                 forward_backward(run, *loader.load(indices), table, 0)
             for optimizer in run.optimizers.values():
                 run.scaler.step(optimizer)

@@ -117,10 +117,7 @@ def rows_and_weights(name, graph, precision, steps=4):
     for step in range(steps):
         torch.manual_seed(step)
         indices = train.choose(0, step)
-        if graph and len(indices) == 32:
-            captured(indices)
-            table.add(step, captured.table)
-        else:
+        if not graph or not captured(indices, table, step):
             forward_backward(run, *train.load(indices), table, step)
         gradients.append([parameter.grad.clone() for parameter in run.distiller.parameters()])
         for optimizer in run.optimizers.values():

@@ -12,6 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distillers import DISTILLERS
+from distillers.dpk import Block
 from utils import checkpoint, distributed
 from utils.config import check_arguments
 from utils.errors import InputError, one_line
@@ -85,9 +86,10 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run.distiller.to(device, memory_format=memory_format)
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    for model in (student, teacher) if cfg.compile else ():
-        if model is not None:
-            model.compile()
+    blocks = [module for module in run.distiller.modules() if isinstance(module, Block)]  # of one shape: compiled once
+    for module in (student, teacher, *blocks) if cfg.compile else ():
+        if module is not None:
+            module.compile()
     run.model = run.distiller
     run.graph = GraphedStep(run) if graph else None
     if world > 1:
@@ -128,19 +130,13 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
     data cannot be read.
     """
     run.model.train()
-    loader = run.train_loader
-    batches, done, steps, failure = loader.epoch(epoch, first_step), first_step, len(loader), ""
-    graph = prepare_graph(run, epoch)
+    loader, graph = run.train_loader, prepare_graph(run, epoch)
+    done, steps, failure = first_step, len(run.train_loader), ""
+    batches = loader.epoch(epoch, first_step if graph is None else steps - 1)  # a graph leaves the last, smaller one
     for step in progress(range(first_step, steps), f"epoch {epoch + 1}/{cfg.epochs}"):
         # Crops, flips and token positions follow from (seed, epoch, step, rank): a resumed run draws the same.
         torch.manual_seed((((cfg.seed * 10**5 + epoch) * 10**6 + step) * 10**4 + loader.rank) % 2**63)
-        indices = loader.choose(epoch, step) if graph else ()
-        graphed = graph and len(indices) == len(graph.indices)  # not the last, smaller batch
-        if graphed:
-            graph(indices)
-            table.add(step, graph.table)
-        elif graph:
-            batches = loader.epoch(epoch, step)
+        graphed = graph is not None and graph(loader.choose(epoch, step), table, step)
         for part in range(0 if graphed else run.accumulate):
             start = time.perf_counter()
             images, targets = next(batches)

@@ -64,9 +64,13 @@ class GraphedStep:
                     torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
 
-    def __call__(self, indices):
-        """Gradients and `table` of the images `indices` (B,), as many as prepare() had."""
+    def __call__(self, indices, table, row):
+        """Gradients of the images `indices` (B,), losses into `row`; False, and neither, where B is not the usual."""
+        if len(indices) != len(self.indices):
+            return False
         self.indices.copy_(indices)
         self.graph.replay()
+        table.add(row, self.table)
         for parameter, gradient in self.gradients:  # zero_grad() took them away
             parameter.grad = gradient
+        return True

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from distillers import DISTILLERS
+from distillers.dpk import Block
 from models import MODELS
 from train_cifar import Settings
 from utils import engine
@@ -116,3 +117,20 @@ def test_a_graph_for_cuda_and_one_process_alone():
     assert build_run("kd", graph=True)[1].graph is not None
     assert not build_run("dpk", graph=False)[1].distiller.masked
     assert build_run("dpk", graph=True)[1].distiller.masked
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_compile_takes_networks_and_transformer_blocks_each_as_one_graph(graph, monkeypatch):
+    torch.compiler.reset()
+    compile, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: (
+        compiled.append(module), compile(module, backend="eager", fullgraph=True)))
+    rows = []
+    for settings in {}, {"compile": True}:
+        cfg, run = build_run("dpk", graph=graph, **settings)
+        run.graph = None  # what it sets besides, masks, stays
+        rows.append(train(cfg, run, epochs=1))
+    assert compiled == [run.student, run.teacher, *(m for m in run.distiller.modules() if isinstance(m, Block))]
+    assert len(compiled) == 5
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-4)
+    assert not any("_orig_mod" in key for key in run.distiller.state_dict())
