@@ -196,7 +196,8 @@ class DPKStage(nn.Module):
     min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,
     4). teacher_tokens=False: ablation, the teacher's positions stay empty.
     masked=True: tokens are hidden from attention rather than dropped. The loss is the same and the work more, but no
-    shape depends on CKA and nothing waits for the device, as a CUDA graph needs; π and `cka` are then tensors.
+    shape depends on CKA and nothing waits for the device, as a CUDA graph needs. `cka` is then a tensor, and so is a π
+    that follows from it.
     Raises ValueError for heads that do not divide a dim, a ratio outside 0 to 1, and maps that do not fit.
     """
 
@@ -336,7 +337,7 @@ class DPK(nn.Module):
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
     masked: see DPKStage; train_cifar.py sets it where it runs a step as one CUDA graph.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
-    weighted; `metrics` then holds CKA and π of each stage, as floats, or as tensors where `masked`.
+    weighted; `metrics` then holds CKA and π of each stage, as floats, or where `masked` as tensors.
     Raises ValueError for a temperature that is not positive, a label_smoothing outside 0 to 1, an unknown ratio or key
     of a stage, a stage that a network lacks, and what DPKStage refuses.
     """
@@ -409,7 +410,7 @@ class DPK(nn.Module):
         }
         pairs = [(stage.fit(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
                  for (s, t, _), stage in zip(self.plan, self.stages)]
-        # The CKA of all stages, fresh in every step: the one wait for the device, and for the other processes.
+        # The CKA of all stages, fresh in every step: unless masked, the one wait for the device and other processes.
         ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).double()
         ckas = ckas.unbind() if self.masked else ckas.tolist()
         for (_, t, weight), stage, pair, cka in zip(self.plan, self.stages, pairs, ckas):

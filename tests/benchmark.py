@@ -143,7 +143,7 @@ def main():
         set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
         table = Table(1, device)
         if graph:
-            run.graph.prepare(loader.choose(0, 1))
+            run.graph.prepare(run, loader.choose(0, 1))
 
         def step(run=run, table=table):
             torch.manual_seed(0)

@@ -20,7 +20,7 @@ from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
-from utils.step import GraphedStep, forward_backward
+from utils.step import GraphedStep, WaitsForDevice, forward_backward
 from utils.stopping import SIGNALLED, Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -76,7 +76,10 @@ def build_distiller(cfg, student, teacher, **known):
 
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
              graph=False):
-    """All that a run works with, around networks on the device. graph: run a step as one CUDA graph."""
+    """All that a run works with, around networks on the device.
+
+    graph: run a step as one CUDA graph (one process, accumulate=1, a train_loader that can choose and load).
+    """
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
@@ -91,7 +94,7 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
         if module is not None:
             module.compile()
     run.model = run.distiller
-    run.graph = GraphedStep(run) if graph else None
+    run.graph = GraphedStep(device) if graph else None
     if world > 1:
         run.model = DistributedDataParallel(run.distiller, gradient_as_bucket_view=True)
         # Not rank 0's buffers to all in every step: `evaluate` does so with BatchNorm's, and CRD's banks are the same
@@ -110,14 +113,18 @@ def weights_failure(run, epoch, step):
 
 
 def prepare_graph(run, epoch):
-    """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one."""
+    """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one.
+
+    Raises InputError where that comes out too late to go on without.
+    """
     if run.graph is not None:
         try:
-            run.graph.prepare(run.train_loader.choose(epoch, 0))
-        except RuntimeError as error:
-            print(f"cuda_graph: a step of this distiller cannot be one ({one_line(error)}); going on without",
-                  file=sys.stderr)
+            run.graph.prepare(run, run.train_loader.choose(epoch, 0))
+        except WaitsForDevice as error:
+            print(f"cuda_graph: a step of this distiller cannot be one ({error}); going on without", file=sys.stderr)
             run.graph = None
+        except RuntimeError as error:
+            raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
     return run.graph
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from utils.errors import one_line
 from utils.log import Table
 
 
@@ -15,54 +16,64 @@ def forward_backward(run, images, targets, table, row, accumulate=1):
     table.write(row, losses, metrics, (logits.argmax(1) == targets).sum(), len(targets))
 
 
+class WaitsForDevice(Exception):
+    """A step that a CUDA graph cannot be."""
+
+
 class GraphedStep:
     """A step from the indices of its images to its gradients as one CUDA graph.
 
     One launch takes the place of hundreds: at 64 small images a GPU waits for the launches most of the time. For one
-    process and a `Table` of one row; the optimizers stay outside. prepare() before each epoch, then step(indices).
+    process and one batch a step; the optimizers stay outside. prepare(run, indices) before each epoch, then
+    step(indices, table, row).
     """
 
-    def __init__(self, run):
-        self.run, self.graph, self.table = run, None, Table(1, run.train_loader.device)
+    def __init__(self, device):
+        self.graph, self.table = None, Table(1, device)
 
-    def _body(self):
-        self.run.distiller.zero_grad()  # to None: the backward pass makes new ones, in the graph's own memory
+    def _body(self, run):
+        run.distiller.zero_grad()  # to None: the backward pass makes new ones, in the graph's own memory
         self.table.clear()
-        forward_backward(self.run, *self.run.train_loader.load(self.indices), self.table, 0)
+        forward_backward(run, *run.train_loader.load(self.indices), self.table, 0)
 
-    def prepare(self, indices):
+    def prepare(self, run, indices):
         """Capture, with `indices` (B,) of a batch of the usual size; weights and buffers stay as they are.
 
         Again in each epoch where the distiller has a set_epoch: a graph keeps the numbers that it was made with.
-        Raises RuntimeError where a step waits for the device, which a graph cannot.
+        Raises WaitsForDevice for a step that does, and leaves nothing of it behind.
         """
-        if self.graph is not None and not hasattr(self.run.distiller, "set_epoch"):
+        if self.graph is not None and not hasattr(run.distiller, "set_epoch"):
             return
-        buffers = {name: buffer.clone() for name, buffer in self.run.distiller.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in run.distiller.named_buffers()}
         self.indices = indices.clone()
         try:
             if self.graph is None:
-                self._warm_up()
+                self._warm_up(run)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self._body()
+                self._body(run)
+            self.gradients = [(parameter, parameter.grad) for parameter in run.distiller.parameters()]
         finally:
-            for name, buffer in self.run.distiller.named_buffers():
+            run.distiller.zero_grad()  # nothing is in them yet
+            for name, buffer in run.distiller.named_buffers():
                 buffer.copy_(buffers[name])
-        self.gradients = [(parameter, parameter.grad) for parameter in self.run.distiller.parameters()]
 
-    def _warm_up(self):
+    def _warm_up(self, run):
         """Steps as they are, in which cuDNN and others choose their kernels; the last may not wait for the device."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for mode in "default", "default", "error":
-                torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.cuda.stream(side):
+                self._body(run)
+                self._body(run)
+                torch.cuda.set_sync_debug_mode("error")
                 try:
-                    self._body()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(side)
+                    self._body(run)
+                except RuntimeError as error:
+                    raise WaitsForDevice(one_line(error)) from None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.current_stream().wait_stream(side)
 
     def __call__(self, indices, table, row):
         """Gradients of the images `indices` (B,), losses into `row`; False, and neither, where B is not the usual."""

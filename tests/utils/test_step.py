@@ -10,6 +10,7 @@ from models import MODELS
 from train_cifar import Settings
 from utils import engine
 from utils.data import Loader, Split, load_data
+from utils.errors import InputError
 from utils.log import Table
 
 STAGE = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
@@ -24,7 +25,7 @@ def graphs_on_a_cpu(monkeypatch):
 
         class Graph:
             def replay(self):
-                run.graph._body()
+                run.graph._body(run)
                 for gradient, parameter in zip(self.gradients, parameters):
                     gradient.copy_(parameter.grad)
                     parameter.grad = None
@@ -65,7 +66,7 @@ def never_stop(*args, **kwargs):
 never_stop.any_failed, never_stop.total = False, 0
 
 
-def train(cfg, run, epochs=2):
+def train(cfg, run, epochs=2, first_step=0):
     """The rows of all steps."""
     rows = []
     for epoch in range(epochs):
@@ -73,7 +74,7 @@ def train(cfg, run, epochs=2):
             run.distiller.set_epoch(epoch)
         engine.set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, epoch, epochs)
         table = Table(4, run.device)
-        assert engine.train_one_epoch(cfg, run, epoch, 0, table, {"waited": 0.0}, never_stop, None) == 4
+        assert engine.train_one_epoch(cfg, run, epoch, first_step, table, {"waited": 0.0}, never_stop, None) == 4
         rows.append(table.rows)
     return torch.cat(rows)
 
@@ -92,24 +93,64 @@ def test_a_graph_and_its_last_smaller_batch_train_as_without(name, graphs_on_a_c
         torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=1e-3, msg=key)
 
 
-def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(graphs_on_a_cpu, monkeypatch, capsys):
+def test_capturing_leaves_no_gradients_for_a_resumed_run_whose_first_batch_is_the_smaller(graphs_on_a_cpu):
+    cfg, plain = build_run("kd", graph=False)
+    _, graphed = build_run("kd", graph=True)
+    assert not graphs_on_a_cpu(graphed)
+    assert torch.equal(train(cfg, plain, 2, first_step=3), train(cfg, graphed, 2, first_step=3))
+    ours, theirs = graphed.distiller.state_dict(), plain.distiller.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+class Wait(torch.autograd.Function):
+    """Waits for the device in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, mode):
+        ctx.mode = mode
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.mode[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return gradient, None
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(backward, graphs_on_a_cpu, monkeypatch, capsys):
     cfg, plain = build_run("kd", graph=False)
     _, waiting = build_run("kd", graph=True)
     graphs_on_a_cpu(waiting)
-    mode = []
+    mode, network = [], waiting.student.forward
 
-    def forward(images, targets, forward=waiting.distiller.forward):
-        if mode[-1:] == ["error"]:
+    def forward(images):
+        logits = network(images)
+        if mode[-1:] == ["error"] and not backward:
             raise RuntimeError("called a synchronizing CUDA operation")
-        return forward(images, targets)
+        return Wait.apply(logits, mode) if backward else logits
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
-    waiting.distiller.forward = forward
+    waiting.student.forward = forward
     assert torch.equal(train(cfg, plain), train(cfg, waiting))
     assert waiting.graph is None and mode[-1] == "default"
     assert "cuda_graph: a step of this distiller cannot be one (called a synchronizing CUDA" in capsys.readouterr().err
     ours, theirs = waiting.distiller.state_dict(), plain.distiller.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_a_capture_that_fails_ends_the_run_with_a_line(graphs_on_a_cpu, monkeypatch):
+    cfg, run = build_run("kd", graph=True)
+    graphs_on_a_cpu(run)
+
+    @contextlib.contextmanager
+    def graph(captured):
+        yield
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(InputError, match="cuda_graph: operation not permitted when stream is capturing; valid: false"):
+        train(cfg, run)
 
 
 def test_a_graph_for_cuda_and_one_process_alone():
