@@ -37,7 +37,7 @@ from utils.engine import assemble, build_autocast, pick_device
 from utils.images import MEAN, STD, Images, Tree, random_resized_crop
 from utils.log import Table
 from utils.optim import set_learning_rates
-from utils.step import forward_backward
+from utils.step import forward_backward, warm_up
 
 
 def seconds_per_call(functions, budget, device):
@@ -118,18 +118,13 @@ def main():
         """The same as a CUDA graph, where whole steps are."""
         if not graph:
             return function
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(function)
         captured_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured_graph):
             function()
         return captured_graph.replay
 
-    bounds = {"ce": captured(student_step), None: captured(both)}
+    bound_of_ce, bound = captured(student_step), captured(both)
     parts = seconds_per_call({"data pipeline": lambda: loader.batch(0, 1), "teacher forward": teacher_forward,
                               "student step": student_step}, args.seconds, device)
     for what, seconds in parts.items():
@@ -155,8 +150,7 @@ def main():
                 optimizer.zero_grad()
             run.scaler.update()
 
-        bound = bounds.get(name, bounds[None])
-        times = seconds_per_call({"bound": bound, "step": step}, args.seconds, device)
+        times = seconds_per_call({"bound": bound_of_ce if name == "ce" else bound, "step": step}, args.seconds, device)
         show(f"{name}, whole step", times["step"], times["bound"])
         if name == "dpk" and not graph:
             show_parts_of_dpk(run.distiller, images, autocast, args, device, show)

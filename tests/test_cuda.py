@@ -14,9 +14,9 @@ from models import MODELS
 from train_cifar import Settings
 from utils import engine
 from utils.data import Loader, load_data
-from utils.engine import build_autocast, pick_device
+from utils.engine import pick_device
 from utils.log import Table
-from utils.optim import build_optimizers, set_learning_rates
+from utils.optim import set_learning_rates
 from utils.step import forward_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -59,32 +59,33 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, monkeypatch):
         assert (gradients_on_gpu[key] - gradient).norm() <= 0.01 * gradient.norm() + rounding, key
 
 
+def build_run(name, graph, precision, batch_size, samples):
+    cfg = Settings(batch_size=batch_size, precision=precision, distiller={"name": name} | ARGUMENTS.get(name, {}))
+    device = pick_device(cfg)
+    data = load_data("synthetic", samples=samples)
+    train, test = (Loader(split, batch_size, mean=data.mean, std=data.std, train=split is data.train, device=device)
+                   for split in (data.train, data.test))
+    torch.manual_seed(0)
+    networks = [MODELS[name]().to(device, memory_format=torch.channels_last) for name in ("resnet8", "resnet14")]
+    run = engine.assemble(cfg, *networks, train, test, device, 1, graph=graph)
+    set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
+    run.distiller.train()
+    return run
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_a_step_does_not_wait_for_the_device(name, precision):
     """But for DPK's CKA, once, and for GradScaler, which looks for infinities once an optimizer."""
-    cfg = Settings(precision=precision)
-    device = pick_device(cfg)
-    data = load_data("synthetic", samples=1000)
-    loader = Loader(data.train, 64, mean=data.mean, std=data.std, train=True, device=device)
-    distiller, autocast = build(name, device), build_autocast(precision, device)
-    optimizers = build_optimizers(distiller, cfg.optimizer, cfg.connectors)
-    set_learning_rates(optimizers, cfg.optimizer, cfg.connectors, 0, cfg.epochs)
-    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
-    table = Table(4, device)
+    run, table = build_run(name, False, precision, batch_size=64, samples=1000), Table(4, "cuda")
 
     def step(i):
         torch.manual_seed(i)
-        images, targets = loader.batch(0, i)
-        with autocast():
-            logits, losses = distiller(images, targets, *(
-                (loader.indices,) if getattr(distiller, "needs_index", False) else ()))
-        scaler.scale(sum(losses.values())).backward()
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
+        forward_backward(run, *run.train_loader.batch(0, i), table, i)
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
             optimizer.zero_grad()
-        scaler.update()
-        table.write(i, losses, getattr(distiller, "metrics", {}), (logits.argmax(1) == targets).sum(), len(targets))
+        run.scaler.update()
 
     step(0)
     step(1)
@@ -96,22 +97,13 @@ def test_a_step_does_not_wait_for_the_device(name, precision):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
-    assert len(waits) <= (name == "dpk") + (precision == "fp16") * len(optimizers), waits
+    assert len(waits) <= (name == "dpk") + (precision == "fp16") * len(run.optimizers), waits
 
 
 def rows_and_weights(name, graph, precision, steps=4):
     """Of steps with 32, 32, 32 and 4 images, on weights that do not move."""
-    cfg = Settings(batch_size=32, precision=precision, distiller={"name": name} | ARGUMENTS.get(name, {}))
-    device = pick_device(cfg)
-    data = load_data("synthetic", samples=100)
-    train, test = (Loader(split, 32, mean=data.mean, std=data.std, train=split is data.train, device=device)
-                   for split in (data.train, data.test))
-    torch.manual_seed(0)
-    networks = [MODELS[name]().to(device, memory_format=torch.channels_last) for name in ("resnet8", "resnet14")]
-    run = engine.assemble(cfg, *networks, train, test, device, 1, graph=graph)
-    set_learning_rates(run.optimizers, cfg.optimizer, cfg.connectors, 0, 10)
-    table, gradients = Table(steps, device), []
-    run.distiller.train()
+    run = build_run(name, graph, precision, batch_size=32, samples=100)
+    train, table, gradients = run.train_loader, Table(steps, run.device), []
     captured = engine.prepare_graph(run, 0)
     assert (captured is not None) == graph
     for step in range(steps):

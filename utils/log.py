@@ -47,18 +47,20 @@ class Table:
             self.names, self.losses, rows = saved["names"], saved["losses"], saved["rows"].to(device)
             self.rows = F.pad(rows, (0, 0, 0, max(steps - len(rows), 0)))  # other processes may be other steps an epoch
 
+    def _open(self, names, losses):
+        """The rows, at the first step, when it is known what they hold: `losses` of the `names` are losses."""
+        if self.rows is None:
+            self.names, self.losses = names, losses
+            self.rows = torch.zeros(self.steps, len(names), dtype=torch.float64, device=self.device)
+
     def add(self, step, other):
         """Add the one row of another table to row `step`."""
-        if self.rows is None:
-            self.names, self.losses = other.names, other.losses
-            self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
+        self._open(other.names, other.losses)
         self.rows[step].add_(other.rows[0])
 
     def write(self, step, losses, metrics, correct, n):
         """Add n images to row `step`: everything times n, so that batches and processes can be summed."""
-        if self.rows is None:
-            self.names, self.losses = [*losses, *metrics, "train_top1", "n"], len(losses)
-            self.rows = torch.zeros(self.steps, len(self.names), dtype=torch.float64, device=self.device)
+        self._open([*losses, *metrics, "train_top1", "n"], len(losses))
         row = self.rows[step]
         for column, value in enumerate([*losses.values(), *metrics.values(), 100 * correct / n, 1.0]):
             row[column].add_((value.detach() if isinstance(value, torch.Tensor) else value) * n)

@@ -20,6 +20,27 @@ class WaitsForDevice(Exception):
     """A step that a CUDA graph cannot be."""
 
 
+def warm_up(body):
+    """body() three times before its capture: cuDNN and others choose their kernels.
+
+    Raises WaitsForDevice where the last time it waits for the device.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            body()
+            body()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                body()
+            except RuntimeError as error:
+                raise WaitsForDevice(one_line(error)) from None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(side)
+
+
 class GraphedStep:
     """A step from the indices of its images to its gradients as one CUDA graph.
 
@@ -48,7 +69,7 @@ class GraphedStep:
         self.indices = indices.clone()
         try:
             if self.graph is None:
-                self._warm_up(run)
+                warm_up(lambda: self._body(run))
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._body(run)
@@ -57,23 +78,6 @@ class GraphedStep:
             run.distiller.zero_grad()  # nothing is in them yet
             for name, buffer in run.distiller.named_buffers():
                 buffer.copy_(buffers[name])
-
-    def _warm_up(self, run):
-        """Steps as they are, in which cuDNN and others choose their kernels; the last may not wait for the device."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                self._body(run)
-                self._body(run)
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    self._body(run)
-                except RuntimeError as error:
-                    raise WaitsForDevice(one_line(error)) from None
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.current_stream().wait_stream(side)
 
     def __call__(self, indices, table, row):
         """Gradients of the images `indices` (B,), losses into `row`; False, and neither, where B is not the usual."""
