@@ -16,7 +16,7 @@ import yaml
 
 import train_cifar
 from models import MODELS
-from utils import checkpoint, stopping
+from utils import checkpoint, engine, stopping
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
@@ -129,6 +129,15 @@ def test_half_precision_and_memory_format(config, tmp_path, precision):
     assert all(value is not None for value in entry.values())
     scale = checkpoint.load(tmp_path / "runs" / precision / "latest.pth", "test")["scaler"]
     assert bool(scale) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("capability, precision, said", [
+    ("AVX2", "bf16", True), ("AVX2", "fp32", False), ("AVX512", "bf16", False), ("DEFAULT", "bf16", False)])
+def test_bf16_without_its_instructions_is_said_to_be_slow(monkeypatch, capsys, capability, precision, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    engine.build_autocast(precision, torch.device("cpu"))
+    error = capsys.readouterr().err
+    assert ("precision=fp32" in error) == said and error.count("\n") == said
 
 
 def test_two_processes_do_not_share_a_run(config, tmp_path):

@@ -48,8 +48,18 @@ def pick_device(cfg):
     return device
 
 
+def emulates_bf16(device):
+    """Whether bfloat16 is much slower than float32 there: a GPU older than Ampere, an x86 CPU without AVX-512."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def build_autocast(precision, device):
-    """A factory of autocast contexts; for fp32 of such that change nothing."""
+    """A factory of autocast contexts; for fp32 of such that change nothing. Says so where bf16 is not worth having."""
+    if precision == "bf16" and emulates_bf16(device) and distributed.is_main():
+        kind, instead = ("GPU", "fp16") if device.type == "cuda" else ("CPU", "fp32")
+        print(f"precision: this {kind} only emulates bf16; precision={instead} is much faster", file=sys.stderr)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
 

@@ -29,7 +29,8 @@ def environment(device, world):
         cpuinfo = Path("/proc/cpuinfo")
         models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines()
                   if line.startswith("model name")] if cpuinfo.exists() else []
-        hardware = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+        hardware = (f"{models[0] if models else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), "
+                    f"{torch.get_num_threads()} threads")
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "numpy": numpy.__version__, "git": git or None, "hardware": hardware, "processes": world,

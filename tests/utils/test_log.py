@@ -171,7 +171,7 @@ def test_the_environment_says_versions_git_hardware_and_command(monkeypatch):
     assert said["torch"] == torch.__version__ and said["numpy"] == np.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", said["python"]) and said["processes"] == 2
     assert said["git"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", said["git"])
-    assert said["hardware"].endswith(f", {torch.get_num_threads()} threads")
+    assert said["hardware"].endswith(f" ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads")
     assert said["command"].startswith("python") and said["command"].endswith(" train_cifar.py --cfg yaml/a.yaml")
     assert json.loads(json.dumps(said)) == said
 
