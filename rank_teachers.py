@@ -207,6 +207,7 @@ def main(argv=None):
             if file and not Path(file).parent.is_dir():
                 raise InputError(key, f"{file}: no such folder")
         device = engine.pick_device(cfg)
+        engine.warn_of_emulation(cfg.precision, device)
         data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
         found = {path: identify(path, len(data.classes)) for path in paths}
         entries = [examine(cfg, path, *found[path], data, device, args.steps) for path in found]

@@ -48,18 +48,18 @@ def pick_device(cfg):
     return device
 
 
-def emulates_bf16(device):
-    """Whether bfloat16 is much slower than float32 there: a GPU older than Ampere, an x86 CPU without AVX-512."""
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+def warn_of_emulation(precision, device):
+    """A line on stderr where bf16 is emulated, and slow: on a GPU older than Ampere, on an x86 CPU without AVX-512."""
+    if precision != "bf16":
+        return
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("precision: this GPU only emulates bf16; precision=fp16 is meant for it", file=sys.stderr)
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("precision: this CPU only emulates bf16; precision=fp32 is several times faster", file=sys.stderr)
 
 
 def build_autocast(precision, device):
-    """A factory of autocast contexts; for fp32 of such that change nothing. Says so where bf16 is not worth having."""
-    if precision == "bf16" and emulates_bf16(device) and distributed.is_main():
-        kind, instead = ("GPU", "fp16") if device.type == "cuda" else ("CPU", "fp32")
-        print(f"precision: this {kind} only emulates bf16; precision={instead} is much faster", file=sys.stderr)
+    """A factory of autocast contexts; for fp32 of such that change nothing."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
 
@@ -249,6 +249,8 @@ def train(cfg, set_up, ignored, timeout=None):
         say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
         return last
 
+    if rank == 0:
+        warn_of_emulation(cfg.precision, device)
     run = set_up(cfg, rank, world, device)
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)
