@@ -49,12 +49,13 @@ def pick_device(cfg):
 
 
 def warn_of_emulation(precision, device):
-    """A line on stderr where bf16 is emulated, and slow: on a GPU older than Ampere, on an x86 CPU without AVX-512."""
+    """A line on stderr where bf16 is emulated, and slow: a GPU older than Ampere, an x86 CPU without AVX-512 BF16."""
     if precision != "bf16":
         return
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         print("precision: this GPU only emulates bf16; precision=fp16 is meant for it", file=sys.stderr)
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    cpu = torch.cpu.get_capabilities()
+    if device.type == "cpu" and cpu["architecture"] == "x86_64" and not cpu.get("avx512_bf16"):
         print("precision: this CPU only emulates bf16; precision=fp32 is several times faster", file=sys.stderr)
 
 
