@@ -145,6 +145,18 @@ def test_bf16_is_said_to_be_slow_where_it_is_emulated(config, monkeypatch, capsy
     assert ("precision=fp32 is several times faster" in error) == said and error.count("\n") == said
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(config, tmp_path, capsys):
+    path = config(epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 0
+    student = next(tmp_path.rglob("student.pth"))
+    (student.parent / "latest.pth").unlink()
+    kept = student.read_bytes(), (student.parent / "log.jsonl").read_bytes()
+    assert train_cifar.main(["--cfg", path, "optimizer.lr=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "name" in error and "latest.pth" in error and error.count("\n") == 1
+    assert kept == (student.read_bytes(), (student.parent / "log.jsonl").read_bytes())
+
+
 def test_two_processes_do_not_share_a_run(config, tmp_path):
     path = config(epochs=1000)
     first = start(path)

@@ -249,6 +249,9 @@ def train(cfg, set_up, ignored, timeout=None):
         last = log[-1]
         say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
         return last
+    if not state and (folder / "student.pth").exists():  # else a finished run would be trained again, over its results
+        raise InputError("name", f"{folder} has a student.pth but no latest.pth to go on from; give another "
+                         "name=..., or delete the folder")
 
     if rank == 0:
         warn_of_emulation(cfg.precision, device)
