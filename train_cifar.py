@@ -18,11 +18,12 @@ import torch
 from distillers import DISTILLERS
 from models import MODELS
 from utils import checkpoint, distributed, engine
-from utils.config import help_text, load_config, section, setting
+from utils.config import flatten, help_text, load_config, section, setting
 from utils.data import Loader, load_data
 from utils.errors import InputError
 from utils.log import read_log
 from utils.optim import ConnectorSettings, OptimizerSettings, check_optimizers
+from utils.state import load_state
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -112,24 +113,32 @@ def load_teacher(cfg, num_classes, device):
                              "(or set teacher.train=true; or name a published file)")
         if not cfg.teacher.cfg:
             raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
-        trained = companion_run(cfg, cfg.teacher.cfg)
+        other = companion(cfg, cfg.teacher.cfg, train)
+        trained = Path(other.runs, other.name, "student.pth")
         if distributed.is_main() and trained != path:
             checkpoint.write(path, trained.read_bytes())
         distributed.barrier()
+    content = checkpoint.load(path, "teacher.checkpoint")
     teacher = build_network(cfg.teacher.name, num_classes, cfg, device)
-    return checkpoint.load_network(teacher, path, cfg.teacher.name, "teacher.checkpoint")
+    checkpoint.fill_network(teacher, content, path, cfg.teacher.name, "teacher.checkpoint")
+    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # a file of ours says what it was trained on
+    for key in there if isinstance(there, dict) and distributed.is_main() else ():
+        if here.get(key) != there[key]:
+            print(f"teacher.checkpoint: {path} was trained with {key}={there[key]}, here it is {here.get(key)}",
+                  file=sys.stderr)
+    return teacher
 
 
-def companion_run(cfg, path):
-    """Train by another YAML file on this run's data and device, in its precision, or find it done; its student.pth."""
+def companion(cfg, path, action):
+    """Settings of another YAML file for this run's data and device, in its precision, after action(settings)."""
     try:
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
                                     device=cfg.device, precision=cfg.precision, compile=cfg.compile,
                                     cuda_graph=cfg.cuda_graph, stop_after=cfg.stop_after)
-        train(other)
+        action(other)
     except InputError as error:
         raise InputError("teacher.cfg" if path == cfg.teacher.cfg else "baseline", f"{path}: {error}") from None
-    return Path(other.runs, other.name, "student.pth")
+    return other
 
 
 def build_loaders(cfg, data, rank, world, device):
@@ -162,14 +171,23 @@ def train(cfg):
 # ------------------------------------------------------------------------------------------------------ the command
 
 
+def check_state(cfg):
+    """Raise InputError where the run's folder holds another run."""
+    load_state(cfg, Path(cfg.runs, cfg.name), NOT_PART_OF_A_RUN)
+
+
 def compare(cfg, last):
     """Train the baseline (or find it finished) and print both, top-1 of the last epoch."""
-    folder = companion_run(cfg, cfg.baseline).parent
+    other = companion(cfg, cfg.baseline, train)
     if distributed.is_main():
-        alone = read_log(folder / "log.jsonl")[-1]
-        for name, entry in (folder.name, alone), (cfg.name, last):
+        alone = read_log(Path(other.runs, other.name, "log.jsonl"))[-1]
+        for name, entry in (other.name, alone), (cfg.name, last):
             print(f"{name:<24} top-1 {entry['top1']:6.2f}")
         print(f"{'difference':<24}       {last['top1'] - alone['top1']:+6.2f}")
+        ours, theirs = (flatten(dataclasses.asdict(settings)) for settings in (cfg, other))
+        for key in sorted((ours.keys() & theirs.keys()) - NOT_PART_OF_A_RUN - {"name"}):
+            if key.split(".")[0] not in ("teacher", "distiller", "connectors") and ours[key] != theirs[key]:
+                print(f"not of the method alone: {key} is {theirs[key]} in the first, {ours[key]} in the second")
 
 
 def evaluate_file(cfg, path):
@@ -205,6 +223,8 @@ def main(argv=None):
         cfg = read_settings(args.cfg, args.overrides)
         if args.eval:
             return evaluate_file(cfg, args.eval)
+        if cfg.baseline:  # what is wrong with it is said before anything is trained
+            companion(cfg, cfg.baseline, check_state)
         last = train(cfg)
         if cfg.baseline:
             compare(cfg, last)

@@ -5,6 +5,8 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,9 +35,11 @@ def unbiased_hsic(K, L):
 def hsic_terms(x, y):
     """HSIC₁(K, L), HSIC₁(K, K), HSIC₁(L, L) of a mini-batch, x (B, …) and y (B, …) -> (3,), in float32.
 
-    NaN for fewer than 4 images.
+    NaN, and a warning, for fewer than 4 images.
     """
     if len(x) < 4:
+        warnings.warn("a batch of fewer than 4 images in a process has no CKA; DPK's ratio is then fallback_ratio",
+                      stacklevel=2)
         return torch.full((3,), torch.nan, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         grams = []
@@ -334,12 +338,12 @@ class DPK(nn.Module):
     token; `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
-    label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
+    label_smoothing: of CE. image_size: side in pixels of the images, for the shapes of the maps.
     masked: see DPKStage; train_cifar.py sets it where it runs a step as one CUDA graph.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
     weighted; `metrics` then holds CKA and π of each stage, as floats, or where `masked` as tensors.
     Raises ValueError for a temperature that is not positive, a label_smoothing outside 0 to 1, an unknown ratio or key
-    of a stage, a stage that a network lacks, and what DPKStage refuses.
+    of a stage, a stage that a network lacks, a patch that does not divide its map, and what DPKStage refuses.
     """
 
     def __init__(self, student, teacher, *, stages: list | None = None, ce_weight: float = 1.0, kd_weight: float = 1.0,
@@ -356,8 +360,8 @@ class DPK(nn.Module):
                              "one is negative")
         if isinstance(ratio, str) and ratio not in ("dynamic", "linear", "exponential"):
             raise ValueError(f"ratio: {ratio!r}; valid: dynamic, linear, exponential, or a number from 0 to 1")
-        if ratio in ("linear", "exponential") and not schedule_epochs:
-            raise ValueError(f"schedule_epochs: needed for ratio: {ratio}")
+        if ratio in ("linear", "exponential") and not (schedule_epochs and schedule_epochs > 0):
+            raise ValueError(f"schedule_epochs: {schedule_epochs}; at least 1 is needed for ratio: {ratio}")
         if not (0 < ratio_start <= 1 and 0 < ratio_end <= 1):
             raise ValueError(f"ratio_start, ratio_end: {ratio_start}, {ratio_end} are not above 0 and up to 1")
         if not 0 <= label_smoothing <= 1:
@@ -381,6 +385,10 @@ class DPK(nn.Module):
                 stage[name] %= len(maps)
             if stage["teacher"] in [t for _, t, _ in self.plan]:  # losses and metrics carry its number
                 raise ValueError(f"stages: the teacher's map {stage['teacher']} is in two of them; valid: one each")
+            H, W = shapes["teacher"][stage["teacher"]][1:]
+            if stage["patch"] > 0 and (H % stage["patch"] or W % stage["patch"]):
+                raise ValueError(f"stages: patch: {stage['patch']} does not divide the teacher's map "
+                                 f"{stage['teacher']}, {H}×{W} for images of image_size {image_size}")
             self.plan.append((stage["student"], stage["teacher"], stage["weight"]))
             self.stages.append(DPKStage(
                 shapes["student"][stage["student"]][0], shapes["teacher"][stage["teacher"]][0],

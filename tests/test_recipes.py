@@ -65,6 +65,27 @@ ON_IMAGENET = {  # mdistiller's, or the authors' own; FitNet's is CIFAR's, none 
             "fallback_ratio": 0.8, "min_tokens": 4},
 }
 
+DPK_MODULES = {  # second-last stage: encoder, decoder; last stage: encoder, decoder; each dim/depth/heads
+    "res56_res20": "64/6/8 48/6/8 128/6/8 80/4/8",
+    "res110_res32": "64/6/8 64/6/8 128/6/8 128/4/8",
+    "res110_res20": "64/6/8 128/4/8 64/6/8 128/4/8",
+    "res32x4_res8x4": "160/6/4 128/4/8 180/6/4 256/4/8",
+    "wrn40_2_wrn16_2": "128/6/8 128/4/8 256/6/8 256/4/8",
+    "wrn40_2_wrn40_1": "64/6/4 80/4/4 80/6/8 128/4/8",
+    "vgg13_vgg8": "160/6/8 256/6/8 320/6/8 512/4/8",
+    "res32x4_sv1": "256/6/8 128/4/8 512/6/8 256/4/8",
+    "res32x4_sv2": "128/6/8 128/4/8 256/6/8 256/4/8",
+    "wrn40_2_sv1": "256/6/8 128/4/8 320/6/8 128/4/8",
+    "vgg13_mv2": "128/6/4 256/4/4 320/6/8 512/4/8",
+    "res50_mv2": "512/6/8 640/4/8 640/6/8 1536/4/8",
+    "res50_vgg8": "512/6/8 1024/4/8 640/6/8 1536/4/8",
+    "r34_r18": "256/6/8 256/4/8 512/6/8 512/4/8",
+    "r50_r18": "512/4/8 1024/4/16 640/6/8 1024/4/8",
+    "r101_r18": "512/4/8 1024/4/16 640/6/8 1024/4/16",
+    "r152_r18": "512/6/8 1024/4/16 640/6/8 1024/4/16",
+    "r50_mobilenetv1": "512/4/8 640/4/8 640/4/8 1536/4/16",
+}
+
 
 def defaults(name):
     return {key: list(p.default) if isinstance(p.default, tuple) else p.default
@@ -93,8 +114,26 @@ def test_the_file_has_them_too(path):
     assert used | expected == used
     if name == "dpk":
         assert [stage["weight"] for stage in cfg.distiller["stages"]] == [0.6, 1]
+        connectors = cfg.connectors  # the authors' but for our grid's learning rate, 1e-4 in theirs
+        assert (connectors.optimizer, connectors.lr, connectors.betas) == ("adamw", 1e-3, [0.9, 0.95])
+        assert (connectors.weight_decay, connectors.warmup_epochs, connectors.min_lr) == (1e-4, 20, 1e-5)
     elif name != "ce":  # every connector in the student's optimizer, as in the field's code
         assert (cfg.connectors.optimizer, cfg.connectors.weight_decay) == ("student", 5e-4)
+
+
+DPK_FILES = [path for path in (*FILES, *IMAGENET_FILES) if path.stem.startswith("dpk_") and "plaincnn" not in path.stem]
+
+
+def test_every_pair_has_its_modules():
+    assert len(DPK_FILES) == 20 and {path.stem[4:].removesuffix("_authors") for path in DPK_FILES} == set(DPK_MODULES)
+
+
+@pytest.mark.parametrize("path", DPK_FILES, ids=lambda path: path.stem)
+def test_dpks_modules_have_the_published_sizes(path):
+    stages = (read_settings(path) if path in IMAGENET_FILES else load_config(Settings, path)).distiller["stages"]
+    sizes = ["/".join(map(str, stage[part])) for stage in stages for part in ("encoder", "decoder")]
+    assert " ".join(sizes) == DPK_MODULES[path.stem[4:].removesuffix("_authors")]
+    assert all(stage.get("patch", 1) == 1 for stage in stages)
 
 
 @pytest.mark.parametrize("path", IMAGENET_FILES, ids=lambda path: path.stem)
@@ -103,13 +142,13 @@ def test_the_file_for_imagenet_has_its_own(path):
     expected = ON_IMAGENET[name].get(pair, ON_IMAGENET[name])
     used = defaults(name) | cfg.distiller
     assert used | expected == used
-    if pair.endswith("authors"):
-        return
     optimizer, connectors = cfg.optimizer, cfg.connectors
-    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.1, 0.9, False)
-    assert (optimizer.weight_decay, optimizer.milestones, optimizer.gamma) == (1e-4, [30, 60, 90], 0.1)
     if name == "dpk":
         assert (connectors.optimizer, connectors.lr, connectors.betas) == ("adamw", 1e-4, [0.9, 0.95])
         assert (connectors.weight_decay, connectors.warmup_epochs, connectors.min_lr) == (1e-4, 20, 1e-5)
-    elif name in ("fitnet", "crd", "reviewkd", "ickd"):
+    if pair.endswith("authors"):
+        return
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.1, 0.9, False)
+    assert (optimizer.weight_decay, optimizer.milestones, optimizer.gamma) == (1e-4, [30, 60, 90], 0.1)
+    if name in ("fitnet", "crd", "reviewkd", "ickd"):
         assert (connectors.optimizer, connectors.weight_decay) == ("student", 1e-4)

@@ -460,6 +460,34 @@ def test_a_missing_teacher_is_one_line_with_the_command_or_is_trained(config, tm
     assert same_weights(elsewhere, missing["checkpoint"])
 
 
+def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path, capsys):
+    teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
+    file = tmp_path / "runs/teacher/student.pth"
+    path = config("kd", teacher={"name": "plaincnn4", "checkpoint": str(file), "cfg": teacher, "train": True}, epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 0 and not capsys.readouterr().err
+    assert checkpoint.load(file, "test")["data"] == {"data.name": "synthetic", "data.size": 32, "data.samples": 300,
+                                                     "val_split": 0}
+    assert train_cifar.main(["--cfg", path, "name=held_out", "val_split=100"]) == 0
+    assert capsys.readouterr().err == (f"teacher.checkpoint: {file} was trained with val_split=0, here it is 100\n")
+    checkpoint.save(file, checkpoint.load(file, "test") | {"data": "of another project"})
+    assert train_cifar.main(["--cfg", path, "name=foreign"]) == 0 and not capsys.readouterr().err
+
+
+def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_named_last(config, tmp_path, capsys):
+    alone = config("ce", name="alone.yaml", epochs=1, teacher={})
+    path = config("kd", epochs=1, baseline=alone)
+    assert train_cifar.main(["--cfg", path]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "difference" in out[-1] and out[-3].startswith("alone ") and out[-2].startswith("run ")
+    assert train_cifar.main(["--cfg", path, "name=longer", "epochs=2", "seed=1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "not of the method alone: epochs is 1 in the first, 2 in the second",
+        "not of the method alone: seed is 0 in the first, 1 in the second"]
+    error = refused(capsys, path, "name=fewer", "data.samples=200")
+    assert "baseline" in error and "alone.yaml" in error and "data.samples" in error
+    assert not (tmp_path / "runs/fewer").exists()
+
+
 def test_teachers_accuracy_is_printed_and_checked(config, capsys):
     assert train_cifar.main(["--cfg", config("kd", epochs=1), "teacher.accuracy=50"]) == 2
     captured = capsys.readouterr()
@@ -525,6 +553,9 @@ def refused(capsys, *arguments):
     ("distiller.stages=[{student: 1.5}]", ["student: 1.5"]),
     ("distiller.stages=[{weight: -1}]", ["weight: -1"]),
     ("distiller.stages=[{patch: 0}]", ["patch"]),
+    ("distiller.stages=[{student: 1, teacher: 1, patch: 3}]", ["patch: 3", "16×16 for images of image_size 32"]),
+    ("distiller.image_size=0", ["distiller.image_size", "leave it out"]),
+    ("distiller={name: crd, num_samples: 9}", ["distiller.num_samples", "leave it out"]),
     ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, at,"]),
     ("data.name=imagenet", ["data.name", "cifar100"]),
     ("data=cifar100", ["data", "section"]),

@@ -1,6 +1,7 @@
 """What both scripts do with a run: put it together, train an epoch, evaluate, go on from where it was left."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distillers import DISTILLERS
 from distillers.dpk import Block
 from utils import checkpoint, distributed
-from utils.config import check_arguments
+from utils.config import check_arguments, flatten
 from utils.errors import InputError, one_line
 from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
@@ -32,6 +33,8 @@ def check_distiller(cfg):
     if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
     check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
+    for key in {"image_size", "num_samples"} & cfg.distiller.keys():
+        raise InputError(f"distiller.{key}", "is that of the data; leave it out")
 
 
 def pick_device(cfg):
@@ -322,8 +325,10 @@ def train(cfg, set_up, ignored, timeout=None):
     last = {}
     if rank == 0:
         last = read_log(folder / "log.jsonl")[-1]
+        data = {key: value for key, value in flatten(dataclasses.asdict(cfg)).items()
+                if (key.startswith("data.") or key == "val_split") and key not in ignored}
         checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
-                                                 "accuracy": last["top1"]})
+                                                 "accuracy": last["top1"], "data": data})
         say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
     distributed.barrier()
     return last

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -154,15 +155,22 @@ def collate(items):
 
 
 def init_worker(_):
-    """In a worker: a signal to the whole job is for the process that started it, which still wants a batch or two; the
-    worker leaves when that process does. (DataLoader's own watch is of the parent, which may be a server of forks.)
+    """In a worker: SIGTERM and Ctrl-C to the whole job are for the process that started it, which still wants batches;
+    the worker leaves by a SIGTERM of that process, which sends one at the very end, or when that process is gone.
+    (DataLoader's own watch is of the parent, which may be a server of forks.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # not ignored: at the very end it comes from there
+    if not hasattr(signal, "sigtimedwait"):  # macOS, Windows
+        return
+    job = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        while job.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if received and received.si_pid == job.pid:
+                break
+        os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -175,6 +183,10 @@ def worker_context(world):
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision"])  # imported once and not by each worker
+    resource_tracker.ensure_running()  # or the next but one line starts it, and it unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server keeps it so, and its workers
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

@@ -96,7 +96,8 @@ def test_cka_of_unrelated_features_has_mean_zero():
 
 def test_cka_where_it_is_undefined_and_in_half_precision():
     x, y = related()
-    assert minibatch_cka(x[:3], y[:3]).isnan()
+    with pytest.warns(UserWarning, match="fewer than 4 images"):
+        assert minibatch_cka(x[:3], y[:3]).isnan()
     assert minibatch_cka(torch.zeros(8, 4), torch.randn(8, 4)).isnan()
     with torch.autocast("cpu", torch.bfloat16):
         assert minibatch_cka(x, y).dtype == torch.float32
@@ -467,6 +468,8 @@ def test_ablations_are_arguments():
     ({"ratio": "cosine"}, "valid: dynamic"),
     ({"ratio": 2.0}, "ratio: 2.0"),
     ({"ratio": "linear"}, "schedule_epochs"),
+    ({"ratio": "linear", "schedule_epochs": -2}, "schedule_epochs: -2"),
+    ({"stages": [{"student": 2, "teacher": 2, "patch": 3}]}, "patch: 3 does not divide the teacher's map 2, 16×16"),
     ({"temperature": 0.0}, "temperature"),
 ])
 def test_bad_arguments_are_named(arguments, message):
