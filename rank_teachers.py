@@ -19,16 +19,18 @@ import torch.nn.functional as F
 
 from distillers.dpk import DPK, cka_of_terms, hsic_terms
 from models import MODELS
-from train_cifar import Settings, build_loaders, build_network
+from train_cifar import Settings, build_loaders, build_network, warn_of_data
 from utils import checkpoint, engine
 from utils.config import load_config
 from utils.data import load_data
 from utils.errors import InputError
 from utils.log import progress
-from utils.optim import ConnectorSettings, build_optimizers
+from utils.optim import ConnectorSettings, build_optimizers, check_optimizers
 
 CFG = Path(__file__).parent / "yaml" / "ce_resnet20.yaml"  # the protocol of the probe, but for its one epoch
 SIZE = [64, 2, 4]  # [dim, depth, heads] of the probe's modules
+USED = ["data", "val_split", "student", "seed", "batch_size", "optimizer", "precision", "channels_last", "device"]
+FORMATS = [".png", ".pdf", ".svg"]
 
 
 def identify(path, num_classes):
@@ -201,15 +203,23 @@ def main(argv=None):
 
     def action():
         cfg = load_config(Settings, CFG, [f"student.name={args.student}", f"data.root={args.data}", *overrides])
+        check_optimizers(cfg.optimizer, cfg.connectors)
+        for override in overrides:
+            if override.partition("=")[0].partition(".")[0] not in USED:
+                raise InputError(override, f"has no effect here; valid: {', '.join(USED)}")
         if not paths or args.steps < 0:
             raise InputError("CHECKPOINT" if not paths else "--steps", "none was given" if not paths else "is negative")
         for key, file in ("--out", args.out), ("--figure", args.figure):
-            if file and not Path(file).parent.is_dir():
-                raise InputError(key, f"{file}: no such folder")
+            if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+                raise InputError(key, f"{file}: not a file in a folder that is there")
+        if args.figure and Path(args.figure).suffix.lower() not in FORMATS:
+            raise InputError("--figure", f"{args.figure}: valid: {', '.join(FORMATS)}")
         device = engine.pick_device(cfg)
         engine.warn_of_emulation(cfg.precision, device)
         data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
         found = {path: identify(path, len(data.classes)) for path in paths}
+        for path in found:
+            warn_of_data(cfg, path, found[path][1])
         entries = [examine(cfg, path, *found[path], data, device, args.steps) for path in found]
         names = [entry["teacher"] for entry in entries]
         for entry in entries:

@@ -121,12 +121,20 @@ def load_teacher(cfg, num_classes, device):
     content = checkpoint.load(path, "teacher.checkpoint")
     teacher = build_network(cfg.teacher.name, num_classes, cfg, device)
     checkpoint.fill_network(teacher, content, path, cfg.teacher.name, "teacher.checkpoint")
-    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # a file of ours says what it was trained on
-    for key in there if isinstance(there, dict) and distributed.is_main() else ():
-        if here.get(key) != there[key]:
-            print(f"teacher.checkpoint: {path} was trained with {key}={there[key]}, here it is {here.get(key)}",
-                  file=sys.stderr)
+    if distributed.is_main():
+        warn_of_data(cfg, path, content)
     return teacher
+
+
+def warn_of_data(cfg, path, content):
+    """Lines on stderr where a teacher's file was trained on other data, or may have seen the images held out."""
+    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # our own files say
+    for key in there if isinstance(there, dict) else ():
+        if here.get(key) != there[key]:
+            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here.get(key)}", file=sys.stderr)
+    if cfg.val_split and not isinstance(there, dict):
+        print(f"teacher: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
+              "is better on them than on the test set", file=sys.stderr)
 
 
 def companion(cfg, path, action):

@@ -123,7 +123,13 @@ def build_network(name, weights, num_classes, cfg, device, key):
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
                          f"{', '.join(published + ['a file'])}")
-    return model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, cfg.data.size, cfg.data.size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError("data.size", f"{name} does not take {cfg.data.size} pixels: {one_line(error)}") from None
+    return model.train()
 
 
 def load_images(cfg, split, *, train):

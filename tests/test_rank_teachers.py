@@ -108,6 +108,10 @@ def test_the_figure_where_matplotlib_is_installed(tmp_path):
     (["--student", "resnet21", "a.pth"], ["student.name", "resnet20"]),
     (["a.pth", "data.size=x"], ["data.size"]),
     (["a.pth", "--out", "nowhere/a.jsonl"], ["--out", "nowhere/a.jsonl"]),
+    (["a.pth", "--out", "."], ["--out", ".: not a file"]),
+    (["a.pth", "--figure", "a.foo"], ["--figure", "a.foo", ".png, .pdf, .svg"]),
+    (["a.pth", "optimizer.nesterov=true", "optimizer.momentum=0"], ["optimizer.nesterov"]),
+    (["a.pth", "distiller.name=kd"], ["distiller.name=kd", "no effect", "optimizer, precision"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert rank_teachers.main([*arguments, *SETTINGS] if "nowhere.pth" in arguments else arguments) == 2

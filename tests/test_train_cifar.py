@@ -468,9 +468,11 @@ def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path,
     assert checkpoint.load(file, "test")["data"] == {"data.name": "synthetic", "data.size": 32, "data.samples": 300,
                                                      "val_split": 0}
     assert train_cifar.main(["--cfg", path, "name=held_out", "val_split=100"]) == 0
-    assert capsys.readouterr().err == (f"teacher.checkpoint: {file} was trained with val_split=0, here it is 100\n")
+    assert capsys.readouterr().err == f"teacher: {file} was trained with val_split=0, here it is 100\n"
     checkpoint.save(file, checkpoint.load(file, "test") | {"data": "of another project"})
     assert train_cifar.main(["--cfg", path, "name=foreign"]) == 0 and not capsys.readouterr().err
+    assert train_cifar.main(["--cfg", path, "name=foreign_held_out", "val_split=100"]) == 0
+    assert f"{file} does not say on what it was trained" in capsys.readouterr().err
 
 
 def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_named_last(config, tmp_path, capsys):

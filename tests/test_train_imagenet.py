@@ -501,6 +501,7 @@ def test_two_nodes(config, tmp_path):
     ("teacher.weights=IMAGENET1K_V1", ["teacher.weights", "could not be downloaded", "resnet18-f37072fd.pth"]),
     ("teacher.name=resnet34", ["teacher.weights", "another network than resnet34"]),
     ("teacher.accuracy=90", ["teacher.accuracy", "more than 0.5 below 90"]),
+    ("student.name=alexnet", ["data.size", "alexnet does not take 32 pixels"]),
     ("data.root=/nowhere", ["data.root", "/nowhere/train"]),
     ("data.name=imagenet", ["data.name", "folder, fake"]),
     ("data.randaugment=31", ["randaugment is at most 30"]),

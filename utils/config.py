@@ -13,7 +13,16 @@ from utils.errors import InputError, one_line
 
 
 class NumberLoader(yaml.SafeLoader):
-    """A SafeLoader for which 1e-3 is a number; YAML 1.1 takes it for a string unless written 1.0e-3."""
+    """A SafeLoader for which 1e-3 is a number (YAML 1.1 takes it for a string unless written 1.0e-3) and a key that is
+    there twice a mistake.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class NumberDumper(yaml.SafeDumper):
@@ -110,6 +119,8 @@ def unknown_key(key, name, valid):
 
 def check_value(key, value, annotation, choices=None, low=None, above=None):
     """`value` where it is of the type `annotation` and within its bounds (an int does for a float)."""
+    if value is None and annotation is str:  # `key=` on the command line, `key:` in a file
+        value = ""
     if not _is_a(value, annotation):
         name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         raise InputError(key, f"{value!r} is not valid; valid: {name}")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from utils import checkpoint, distributed
 def environment(device, world):
     """Versions, git sha, hardware and command: the first line of a log."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent).stdout.strip()
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:  # git is not installed
         git = ""
     if device.type == "cuda":
@@ -34,7 +35,7 @@ def environment(device, world):
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "numpy": numpy.__version__, "git": git or None, "hardware": hardware, "processes": world,
-        "command": " ".join([os.path.basename(sys.executable), *sys.argv]),
+        "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils import checkpoint
 from utils.log import read_log
-from utils.run_list import finished, load_list, runs_of
+from utils.run_list import check_results, finished, load_list, runs_of
 
 HEAD = """# Results
 
@@ -42,10 +42,11 @@ def commit(git):
 
 
 def logs_of(results, name, section):
-    """{key: [log of each finished seed]}, the keys in the order of the list."""
+    """{key: [log of each finished seed]}, the keys in the order of the list. ValueError: one is of other settings."""
     logs = {key: [] for key in section["runs"]}
-    for run, key, _, _ in runs_of(name, section):
+    for run, key, _, arguments in runs_of(name, section):
         if finished(results / run):
+            check_results(results / run, arguments, Path(__file__).parents[1])
             logs[key].append(read_log(results / run / "log.jsonl"))
     return logs
 
@@ -183,8 +184,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", nargs="?", default="results/runs.yaml")
     path = Path(parser.parse_args(argv).list)
+    page = path.parent / "README.md"
     try:
-        checkpoint.write(path.parent / "README.md", report(path))
+        if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEAD[:60]):
+            raise ValueError(f"{page} is not of utils.report; move it, or put the list into a folder of its own")
+        checkpoint.write(page, report(path))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

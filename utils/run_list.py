@@ -12,6 +12,7 @@ list: each passes over the runs of the others and those that need them.
 """
 
 import argparse
+import dataclasses
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import yaml
 
+import train_cifar
 from utils import checkpoint
+from utils.config import NumberLoader, flatten, load_config
 from utils.errors import InputError, one_line
 from utils.log import read_log
 from utils.state import lock
@@ -40,7 +43,7 @@ def is_command(text):
 def load_list(path):
     """{section: dict} of a list. Raises ValueError, a line that names the file, the section and the key."""
     try:
-        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        sections = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(sections, dict):
@@ -52,11 +55,21 @@ def load_list(path):
             raise ValueError(f"{path}: {name}: seeds is a list, and ranking needs teachers")
         if not isinstance(section["runs"], dict) or not all(map(is_command, section["runs"].values())):
             raise ValueError(f"{path}: {name}: runs: not a mapping of names to a YAML file and overrides")
+        for key, kind in ("title", str), ("text", str), ("ranking", str), ("published", dict):
+            if not isinstance(section.get(key, kind()), kind):
+                raise ValueError(f"{path}: {name}: {key}: {section[key]!r} is not a {kind.__name__}")
         common, teachers = section.get("common", []), section.get("teachers", {})
         if not isinstance(common, list) or not all(isinstance(text, str) for text in common):
             raise ValueError(f"{path}: {name}: common: not a list of overrides")
-        if not isinstance(teachers, dict):
+        if not isinstance(teachers, dict) or not all(isinstance(run, str) for run in teachers.values()):
             raise ValueError(f"{path}: {name}: teachers: not a mapping of names to runs")
+        for key in (*section["runs"], *teachers):
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: {name}: {key!r} is not a name; in quotes it is")
+    names = [run for run, _ in in_turn(sections)]
+    for run in names:
+        if names.count(run) > 1:
+            raise ValueError(f"{path}: two runs are called {run}")
     return sections
 
 
@@ -86,19 +99,41 @@ def finished(folder):
     return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
 
 
+def check_results(folder, arguments, root):
+    """Raise ValueError where the results in the folder are of another run than that of the arguments.
+
+    A setting that one of the two does not know says nothing.
+    """
+    _, cfg, *overrides = arguments
+    try:
+        asked = flatten(dataclasses.asdict(load_config(train_cifar.Settings, root / cfg, overrides)))
+    except InputError as error:
+        raise ValueError(f"{cfg}: {error}") from None
+    done = flatten(yaml.load((folder / "config.yaml").read_text(), NumberLoader))
+    for key in sorted((asked.keys() & done.keys()) - train_cifar.NOT_PART_OF_A_RUN):
+        if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
+            continue  # the runs may have been kept elsewhere
+        if asked[key] != done[key]:
+            raise ValueError(f"{folder} is of another run: {key} is {done[key]} there, {asked[key]} was asked for; "
+                             "move it away, or give the run another name")
+
+
 def teacher_file(arguments):
     """The file in which a run looks for its teacher, where its arguments say so; else ""."""
     return next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("teacher.checkpoint=")), "")
 
 
-def unfinished(runs, makers, results, root):
+def unfinished(runs, makers, results, root, overrides=()):
     """Those of `runs` that left no results, each behind the run that makes its teacher, where that file is missing.
 
-    makers: {file: (run, arguments)}. Results come with the code, weights do not.
+    makers: {file: (run, arguments)}. Results come with the code, weights do not. Raises ValueError for results of
+    another run of that name.
     """
     queue = []
     for run, arguments in runs:
-        if not finished(results / run):
+        if finished(results / run):
+            check_results(results / run, [*arguments, *overrides], root)
+        else:
             maker = makers.get(teacher_file(arguments))
             missing = maker and not (root / teacher_file(arguments)).exists()
             queue += [entry for entry in ([maker] if missing else []) + [(run, arguments)] if entry not in queue]
@@ -130,24 +165,24 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
     root, results, deadline = Path(__file__).parents[1], Path(args.list).parent, time.monotonic() + args.seconds
+    def entries(sections):  # a list says runs/… of the teachers that it trains
+        return [(run, [a.replace("teacher.checkpoint=runs/", f"teacher.checkpoint={args.runs}/") for a in arguments])
+                for run, arguments in in_turn(sections)]
+
     try:
         sections = load_list(args.list)
         only = args.only.split(",") if args.only else list(sections)
         for name in only:
             if name not in sections:
                 raise ValueError(f"{args.list}: no section {name!r}; valid: {', '.join(sections)}")
+        makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
+        chosen = entries({name: section for name, section in sections.items() if name in only})
+        queue = unfinished(chosen, makers, results, root, args.overrides)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-    def entries(sections):  # a list says runs/… of the teachers that it trains
-        return [(run, [a.replace("teacher.checkpoint=runs/", f"teacher.checkpoint={args.runs}/") for a in arguments])
-                for run, arguments in in_turn(sections)]
-
-    makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
-    chosen = entries({name: section for name, section in sections.items() if name in only})
     failed = []
-    for run, arguments in unfinished(chosen, makers, results, root):
+    for run, arguments in queue:
         folder, teacher = root / args.runs / run, teacher_file(arguments)
         if teacher in makers and not (root / teacher).exists():
             continue  # another process is at it

@@ -134,11 +134,11 @@ def test_a_value_of_the_wrong_type_or_out_of_bounds_is_named_with_what_is_valid(
                                      "branch.leaf.goal=null", "branch.leaf.goal=79", "branch.leaf.steps=[0]",
                                      "branch.leaf.kind=cosine", "branch.flag=true", "name=", "table={a: [1, {b: 2}]}"])
 def test_values_at_the_edge_of_what_is_valid(tmp_path, setting):
-    if setting == "name=":  # an empty value is null; an empty text is written ''
-        with fails("name", "None", "str"):
-            load(tmp_path, "{}", setting)
-        setting = "name=''"
     load(tmp_path, "{}", setting)
+
+
+def test_an_empty_value_of_a_text_is_the_empty_text(tmp_path):
+    assert load(tmp_path, "name: something", "name=").name == load(tmp_path, "name:").name == ""
 
 
 def test_a_choice_of_none_is_shown_as_one_writes_it():

@@ -79,12 +79,12 @@ def test_a_run_that_another_process_is_at_is_passed_over(listed, tmp_path, capfd
 
 
 def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
-    write_run(listed.parent, "small_second_s0", [10.0, 71.0, 70.0])
-    write_run(listed.parent, "small_second_s1", [10.0, 69.0, 68.0])
-    write_run(listed.parent, "small_first_s0", [10.0, 20.0], epochs=3)  # not finished
+    write_run(listed.parent, "small_second_s0", [71.0, 70.0])
+    write_run(listed.parent, "small_second_s1", [69.0, 68.0])
+    write_run(listed.parent, "small_first_s0", [10.0], epochs=2)  # not finished
     lines = report.report(listed, drawn=False).splitlines()
     assert "| first | not run | 0 |  | – |  |  |  |" in lines
-    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 30 min | a machine | 0123456-dirty |" in lines
+    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 00 min | a machine | 0123456-dirty |" in lines
     assert any(line.startswith("python train_cifar.py --cfg yaml/ce_plaincnn2.yaml") for line in lines)
 
 
@@ -154,6 +154,8 @@ def teacher_and_student(tmp_path, monkeypatch):
                 "students": {"title": "S", "runs": {"s": "s.yaml teacher.checkpoint=runs/teachers_t_s0/student.pth"}}}
     (tmp_path / "results").mkdir()
     (tmp_path / "results/runs.yaml").write_text(yaml.safe_dump(sections))
+    for name in "tso":
+        (tmp_path / f"{name}.yaml").write_text("epochs: 2")
     trained = []
 
     def fake(command, folder):
@@ -168,7 +170,7 @@ def teacher_and_student(tmp_path, monkeypatch):
 
 
 def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(teacher_and_student, tmp_path):
-    write_run(tmp_path / "results", "teachers_t_s0", [50.0])
+    write_run(tmp_path / "results", "teachers_t_s0", [40.0, 50.0])
     assert run_list.main(["results/runs.yaml", "--only=students"]) == 0
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]
     assert '"top1": 50.0' in (tmp_path / "results/teachers_t_s0/log.jsonl").read_text()
@@ -236,7 +238,14 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
     ("a: {title: b, runs: {c: ''}}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {c: }}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {}, teachers: [c]}", "teachers: not a mapping"),
-    ("a: {title: b, runs: {}, ranking: x}", "ranking needs teachers")])
+    ("a: {title: b, runs: {}, ranking: x}", "ranking needs teachers"),
+    ("a: {title: b, runs: {}, ranking: 3, teachers: {c: d}}", "a: ranking: 3"),
+    ("a: {title: b, runs: {}, teachers: {c: 3}}", "teachers: not a mapping"),
+    ("a: {title: b, runs: {}, text: }", "a: text: None"),
+    ("a: {title: b, runs: {}, published: [1]}", "a: published"),
+    ("a: {title: b, runs: {0.5: x.yaml}}", "a: 0.5 is not a name"),
+    ("a: {title: b, runs: {}, runs: {c: x.yaml}}", "runs is there twice"),
+    ("a: {title: b, runs: {b_c: x.yaml}}\na_b: {title: b, runs: {c: x.yaml}}", "two runs are called a_b_c_s0")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
     (tmp_path / "runs.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -251,6 +260,28 @@ def test_a_bad_list_ends_with_a_line(program, tmp_path, text, words, capsys):
     assert program.main([str(tmp_path / "runs.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error and "runs.yaml" in error
+
+
+def test_results_of_other_settings_are_not_those_of_the_list(listed, capsys):
+    write_run(listed.parent, "small_second_s0", [1.0, 70.0])
+    for program in run_list, report:
+        listed.write_text(listed.read_text().replace("epochs=2", "epochs=3"))
+        assert program.main([str(listed)]) == 2
+        assert "small_second_s0 is of another run: epochs is 2 there, 3 was asked for" in capsys.readouterr().err
+    (listed.parent / "small_second_s0/config.yaml").write_text("{epochs: 2, teacher: {checkpoint: /tmp/a/b.pth}}")
+    arguments = ["--cfg", "yaml/ce_plaincnn2.yaml", "epochs=2"]
+    run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/a/b.pth"], ROOT)
+    with pytest.raises(ValueError, match="teacher.checkpoint"):
+        run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/c/b.pth"], ROOT)
+
+
+def test_another_readme_is_not_written_over(listed, capsys):
+    page = listed.parent / "README.md"
+    page.write_text("# Mine\n")
+    assert report.main([str(listed)]) == 2
+    assert "README.md is not of utils.report" in capsys.readouterr().err and page.read_text() == "# Mine\n"
+    page.unlink()
+    assert report.main([str(listed)]) == 0 == report.main([str(listed)])  # its own it writes again
 
 
 def test_an_unknown_section_is_named(listed, capsys):
