@@ -129,9 +129,9 @@ def load_teacher(cfg, num_classes, device):
 def warn_of_data(cfg, path, content):
     """Lines on stderr where a teacher's file was trained on other data, or may have seen the images held out."""
     here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # our own files say
-    for key in there if isinstance(there, dict) else ():
-        if here.get(key) != there[key]:
-            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here.get(key)}", file=sys.stderr)
+    for key in sorted(here.keys() & there.keys()) if isinstance(there, dict) else ():
+        if here[key] != there[key]:
+            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here[key]}", file=sys.stderr)
     if cfg.val_split and not isinstance(there, dict):
         print(f"teacher: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
               "is better on them than on the test set", file=sys.stderr)
@@ -143,6 +143,8 @@ def companion(cfg, path, action):
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
                                     device=cfg.device, precision=cfg.precision, compile=cfg.compile,
                                     cuda_graph=cfg.cuda_graph, stop_after=cfg.stop_after)
+        if other.name == cfg.name:
+            raise InputError("name", f"{other.name}, which is this run's as well")
         action(other)
     except InputError as error:
         raise InputError("teacher.cfg" if path == cfg.teacher.cfg else "baseline", f"{path}: {error}") from None
@@ -220,7 +222,7 @@ def evaluate_file(cfg, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.OF_THE_DATA),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this file of the student or the teacher instead")
@@ -231,7 +233,7 @@ def main(argv=None):
         cfg = read_settings(args.cfg, args.overrides)
         if args.eval:
             return evaluate_file(cfg, args.eval)
-        if cfg.baseline:  # what is wrong with it is said before anything is trained
+        if cfg.baseline:  # what is wrong with its settings or its folder is said before anything is trained
             companion(cfg, cfg.baseline, check_state)
         last = train(cfg)
         if cfg.baseline:

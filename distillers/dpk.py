@@ -38,8 +38,7 @@ def hsic_terms(x, y):
     NaN, and a warning, for fewer than 4 images.
     """
     if len(x) < 4:
-        warnings.warn("a batch of fewer than 4 images in a process has no CKA; DPK's ratio is then fallback_ratio",
-                      stacklevel=2)
+        warnings.warn("CKA is not defined for fewer than 4 images: a dynamic ratio is the fallback_ratio", stacklevel=3)
         return torch.full((3,), torch.nan, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         grams = []

@@ -487,6 +487,10 @@ def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_nam
         "not of the method alone: seed is 0 in the first, 1 in the second"]
     error = refused(capsys, path, "name=fewer", "data.samples=200")
     assert "baseline" in error and "alone.yaml" in error and "data.samples" in error
+    error = refused(capsys, path, "name=alone")
+    assert "baseline" in error and "name: alone, which is this run's as well" in error
+    (tmp_path / "runs/alone/latest.pth").unlink()
+    assert "no latest.pth to go on from" in refused(capsys, path, "name=fewer")
     assert not (tmp_path / "runs/fewer").exists()
 
 

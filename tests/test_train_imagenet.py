@@ -295,40 +295,49 @@ def test_sigterm_to_two_processes_saves_once(config, tmp_path):
     assert rows["table"]["rows"][: rows["step"], -1].tolist() == [16] * rows["step"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_whole_groups_leaves_workers_that_go_on(config, tmp_path, processes):
-    """As torchrun and SLURM send it: the workers, and the server that they are forked from, have it too. Its sender is
-    another process, as there; the step goes on for 8 seconds and wants more batches than lie ready.
-    """
-    code = '''
-import os, subprocess, sys, time
+SIGNALLED = '''
+import multiprocessing, os, subprocess, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import train_imagenet
 from distillers import DISTILLERS
-real, calls = DISTILLERS["ce"].forward, []
+real, calls, (method, then) = DISTILLERS["ce"].forward, [], os.environ["CASE"].split()
 def slow(self, images, targets):
     calls.append(0)
-    if len(calls) == 17:  # the first batch of the third step
+    if len(calls) == 17:  # the first batch of the third step; the sender is another process, as it is in life
         subprocess.run([sys.executable, "-c", f"import os; os.killpg({os.getpgid(0)}, 15)"])
+        if then == "fail":
+            raise RuntimeError("unforeseen")
         time.sleep(8)
     return real(self, images, targets)
 DISTILLERS["ce"].forward = slow
 if __name__ == "__main__":  # not in the worker processes that read the images
+    multiprocessing.set_start_method(method)
     sys.exit(train_imagenet.main())
 '''
-    (tmp_path / "slow.py").write_text(code)
+
+
+@pytest.mark.parametrize("then", ["save", "fail"])
+@pytest.mark.parametrize("processes, method", [(1, "fork"), (1, "forkserver"), (2, "fork")])
+def test_sigterm_to_whole_groups_is_not_for_the_workers(config, tmp_path, processes, method, then):
+    """As torchrun and SLURM send it, the workers, and the server that they are forked from, have it too.
+
+    The step goes on for 8 seconds and wants more batches than lie ready. An error instead ends the program.
+    """
+    (tmp_path / "slow.py").write_text(SIGNALLED)
     path = config("ce", teacher={}, epochs=100, save_every=0, batch_size=16 * processes, accumulate=8)
     prefix = torchrun(2, 29560) if processes == 2 else (sys.executable,)
     command = [*prefix, str(tmp_path / "slow.py"), str(ROOT), "--cfg", path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-                               start_new_session=True)
-    out, err = finish(process)
-    assert out.count("saved at epoch 1, step 3") == 1 and "Error" not in err, err
-    assert checkpoint.load(tmp_path / "runs/run/latest.pth", "test")["step"] == 3
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT | {"CASE": f"{method} {then}"}, start_new_session=True)
+    out, err = finish(process, 0 if then == "save" else 1)  # which waits for the workers too: they hold the pipes
+    assert ("RuntimeError: unforeseen" in err) == (then == "fail") and "DataLoader worker" not in err, err
+    if then == "save":
+        assert out.count("saved at epoch 1, step 3") == 1
+        assert checkpoint.load(tmp_path / "runs/run/latest.pth", "test")["step"] == 3
 
 
 def test_a_stalled_process_ends_the_job_by_a_timeout(config, tmp_path):
-    path = config(epochs=1000, timeout=10.0)
+    path = config(epochs=1000, timeout=5.0)
     both = [start(path, env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
                              "MASTER_PORT": "29554"}) for rank in (0, 1)]
     wait_for((tmp_path / "runs/run/latest.pth").exists, both[0])

@@ -167,11 +167,15 @@ def describe(cls, prefix=""):
     return lines
 
 
-def help_text(cls, functions):
-    """The text of --help: the settings, then {name: constructor} with their keyword-only arguments and docstrings."""
+def help_text(cls, functions, hidden=()):
+    """The text of --help: the settings, then {name: constructor} with their keyword-only arguments and docstrings.
+
+    hidden: arguments that are no settings.
+    """
     lines = ["settings, in the YAML file or as key.sub=value (here with their defaults):", *describe(cls)]
     for name, function in functions.items():
-        arguments = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        arguments = [p for p in inspect.signature(function).parameters.values()
+                     if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
         lines += ["", f"distiller.name={name}"]
         lines += [f"  distiller.{p.name}={yaml_value(p.default)}" for p in arguments]
         lines += [f"  | {line}".rstrip() for line in inspect.getdoc(function).splitlines()]

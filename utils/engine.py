@@ -27,14 +27,18 @@ from utils.stopping import SIGNALLED, Stopped, Stopper
 # ------------------------------------------------------------------------------------------------------------ set-up
 
 
+OF_THE_DATA = ["image_size", "num_samples"]  # arguments of distillers that are no settings
+
+
 def check_distiller(cfg):
     """Raise InputError unless `cfg.distiller` names a distiller and arguments of it."""
     name = cfg.distiller.get("name")
     if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
     check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
-    for key in {"image_size", "num_samples"} & cfg.distiller.keys():
-        raise InputError(f"distiller.{key}", "is that of the data; leave it out")
+    for key in OF_THE_DATA:
+        if key in cfg.distiller:
+            raise InputError(f"distiller.{key}", "is that of the data; leave it out")
 
 
 def pick_device(cfg):
@@ -252,9 +256,6 @@ def train(cfg, set_up, ignored, timeout=None):
         last = log[-1]
         say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
         return last
-    if not state and (folder / "student.pth").exists():  # else a finished run would be trained again, over its results
-        raise InputError("name", f"{folder} has a student.pth but no latest.pth to go on from; give another "
-                         "name=..., or delete the folder")
 
     if rank == 0:
         warn_of_emulation(cfg.precision, device)

@@ -4,12 +4,14 @@ Workers hand over uint8; the device normalizes. What is drawn for an image follo
 neither the number of workers nor a restart in mid-epoch changes it.
 """
 
+import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -154,25 +156,47 @@ def collate(items):
     return torch.stack(images) if images else torch.empty(0), labels, indices, problems
 
 
+# A signal to the whole job, as SLURM, torchrun and Ctrl-C in a terminal send it, is for the process that started the
+# workers: it still wants batches, to end its step and to save. So they ignore it, and leave when that process does.
+
+
+@contextlib.contextmanager
+def sigterm_blocked():
+    """with …: processes started meanwhile, a server of forks among them, are born with SIGTERM blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # left to later it is started meanwhile, and unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def init_worker(_):
-    """In a worker: SIGTERM and Ctrl-C to the whole job are for the process that started it, which still wants batches;
-    the worker leaves by a SIGTERM of that process, which sends one at the very end, or when that process is gone.
+    """In a worker: ignore the signals, and leave when the process that started it is gone.
+
     (DataLoader's own watch is of the parent, which may be a server of forks.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS, Windows
-        return
-    job = multiprocessing.parent_process()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch():
-        while job.is_alive():
-            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if received and received.si_pid == job.pid:
-                break
+        multiprocessing.parent_process().join()
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@atexit.register
+def end_workers():
+    """At the end of the program, before multiprocessing sends those that are left a SIGTERM and waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # to DataLoader's handler they have failed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def worker_context(world):
@@ -183,10 +207,6 @@ def worker_context(world):
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision"])  # imported once and not by each worker
-    resource_tracker.ensure_running()  # or the next but one line starts it, and it unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server keeps it so, and its workers
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -248,7 +268,9 @@ class ImageLoader:
     def epoch(self, epoch, first_step=0):
         """Yield images float32 (B, 3, S, S) and labels (B,) of an epoch's batches, from a step on."""
         self.order.epoch, self.order.first = epoch, first_step * self.accumulate
-        for images, labels, indices, problems in self.loader:
+        with sigterm_blocked() if self.loader.num_workers else contextlib.nullcontext():
+            batches = iter(self.loader)
+        for images, labels, indices, problems in batches:
             for path, reason in problems:
                 print(f"left out: {path}: {reason}", file=sys.stderr, flush=True)
             self.unreadable += len(problems)

@@ -38,11 +38,14 @@ def lock(path):
 def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
-    Raises InputError for one that is corrupt, and for one of another run, whose settings differ in a key, as in
-    "optimizer.lr", that is not in `ignored`.
+    Raises InputError for one that is corrupt, for one of another run, whose settings differ in a key, as in
+    "optimizer.lr", that is not in `ignored`, and for none beside a student.pth.
     """
     path = folder / "latest.pth"
     if not path.exists():
+        if (folder / "student.pth").exists():  # a finished run would be trained again, over its results
+            raise InputError("name", f"{folder} has a student.pth but no latest.pth to go on from; give another "
+                             "name=..., or delete the folder")
         return None
     try:
         state = checkpoint.load(path, "name")
