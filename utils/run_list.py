@@ -102,7 +102,7 @@ def finished(folder):
 def check_results(folder, arguments, root):
     """Raise ValueError where the results in the folder are of another run than that of the arguments.
 
-    A setting that one of the two does not know says nothing.
+    A setting that one of the two does not know says nothing, but for those of the distiller.
     """
     _, cfg, *overrides = arguments
     try:
@@ -110,12 +110,13 @@ def check_results(folder, arguments, root):
     except InputError as error:
         raise ValueError(f"{cfg}: {error}") from None
     done = flatten(yaml.load((folder / "config.yaml").read_text(), NumberLoader))
-    for key in sorted((asked.keys() & done.keys()) - train_cifar.NOT_PART_OF_A_RUN):
+    keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
+    for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
         if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
             continue  # the runs may have been kept elsewhere
-        if asked[key] != done[key]:
-            raise ValueError(f"{folder} is of another run: {key} is {done[key]} there, {asked[key]} was asked for; "
-                             "move it away, or give the run another name")
+        if asked.get(key) != done.get(key):
+            raise ValueError(f"{folder} is of another run: {key} is {done.get(key)} there, {asked.get(key)} was asked "
+                             "for; move it away, or give the run another name")
 
 
 def teacher_file(arguments):
@@ -165,6 +166,7 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
     root, results, deadline = Path(__file__).parents[1], Path(args.list).parent, time.monotonic() + args.seconds
+
     def entries(sections):  # a list says runs/… of the teachers that it trains
         return [(run, [a.replace("teacher.checkpoint=runs/", f"teacher.checkpoint={args.runs}/") for a in arguments])
                 for run, arguments in in_turn(sections)]

@@ -35,7 +35,8 @@ def write_run(results, name, accuracies, epochs=None):
     entries = [{"epoch": i + 1, "top1": top1, "best_top1": max(accuracies[: i + 1]), "seconds": 1800.0,
                 "cka_2": 0.5, "ratio_2": 0.5} for i, top1 in enumerate(accuracies)]
     (results / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [header, *entries]))
-    (results / name / "config.yaml").write_text(yaml.safe_dump({"epochs": epochs or len(accuracies)}))
+    (results / name / "config.yaml").write_text(
+        yaml.safe_dump({"epochs": epochs or len(accuracies), "distiller": {"name": "ce"}}))
 
 
 @contextlib.contextmanager
@@ -268,9 +269,12 @@ def test_results_of_other_settings_are_not_those_of_the_list(listed, capsys):
         listed.write_text(listed.read_text().replace("epochs=2", "epochs=3"))
         assert program.main([str(listed)]) == 2
         assert "small_second_s0 is of another run: epochs is 2 there, 3 was asked for" in capsys.readouterr().err
-    (listed.parent / "small_second_s0/config.yaml").write_text("{epochs: 2, teacher: {checkpoint: /tmp/a/b.pth}}")
+    (listed.parent / "small_second_s0/config.yaml").write_text(
+        "{epochs: 2, teacher: {checkpoint: /tmp/a/b.pth}, distiller: {name: ce}}")
     arguments = ["--cfg", "yaml/ce_plaincnn2.yaml", "epochs=2"]
     run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/a/b.pth"], ROOT)
+    with pytest.raises(ValueError, match="distiller.label_smoothing is None there, 0.1 was asked for"):
+        run_list.check_results(listed.parent / "small_second_s0", [*arguments, "distiller.label_smoothing=0.1"], ROOT)
     with pytest.raises(ValueError, match="teacher.checkpoint"):
         run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/c/b.pth"], ROOT)
 
