@@ -222,7 +222,7 @@ def evaluate_file(cfg, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.OF_THE_DATA),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.NO_SETTINGS),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this file of the student or the teacher instead")

@@ -188,7 +188,7 @@ def evaluate_file(cfg, weights):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.OF_THE_DATA),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.NO_SETTINGS),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="WEIGHTS", help="evaluate this file, or torchvision's weights, instead")

@@ -16,7 +16,7 @@ import yaml
 
 import train_cifar
 from models import MODELS
-from utils import checkpoint, stopping
+from utils import checkpoint, engine, stopping
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
@@ -561,6 +561,7 @@ def refused(capsys, *arguments):
     ("distiller.stages=[{patch: 0}]", ["patch"]),
     ("distiller.stages=[{student: 1, teacher: 1, patch: 3}]", ["patch: 3", "16×16 for images of image_size 32"]),
     ("distiller.image_size=0", ["distiller.image_size", "leave it out"]),
+    ("distiller.masked=true", ["distiller.masked", "leave it out"]),
     ("distiller={name: crd, num_samples: 9}", ["distiller.num_samples", "leave it out"]),
     ("distiller.name=[1]", ["distiller.name", "ce, kd, fitnet, at,"]),
     ("data.name=imagenet", ["data.name", "cifar100"]),
@@ -672,6 +673,7 @@ def test_help_shows_every_setting(capsys):
     text = capsys.readouterr().out
     for word in "milestones=[150, 180, 210]", "val_split=0", "stop_after=0", "icc_weight=2.5", "fallback_ratio=0.9":
         assert word in text
+    assert not any(f"distiller.{key}=" in text for key in engine.NO_SETTINGS)
 
 
 # ----------------------------------------------------------------------------------------------- what the project ships

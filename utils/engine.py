@@ -27,7 +27,7 @@ from utils.stopping import SIGNALLED, Stopped, Stopper
 # ------------------------------------------------------------------------------------------------------------ set-up
 
 
-OF_THE_DATA = ["image_size", "num_samples"]  # arguments of distillers that are no settings
+NO_SETTINGS = ["image_size", "num_samples", "masked"]  # arguments of distillers that the scripts give
 
 
 def check_distiller(cfg):
@@ -36,9 +36,9 @@ def check_distiller(cfg):
     if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
     check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
-    for key in OF_THE_DATA:
+    for key in NO_SETTINGS:
         if key in cfg.distiller:
-            raise InputError(f"distiller.{key}", "is that of the data; leave it out")
+            raise InputError(f"distiller.{key}", "is given by the script; leave it out")
 
 
 def pick_device(cfg):
@@ -75,13 +75,13 @@ def build_autocast(precision, device):
 def build_distiller(cfg, student, teacher, **known):
     """The distiller of the settings around two networks; what its constructor refuses is bad input.
 
-    known: what the data say, as num_samples=50000, for a distiller that has such an argument.
+    known: what the script gives, as num_samples=50000, to a distiller that has such an argument.
     """
     arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
     distiller = DISTILLERS[cfg.distiller["name"]]
     for key, value in ({"image_size": cfg.data.size} | known).items():
         if key in inspect.signature(distiller).parameters:
-            arguments.setdefault(key, value)
+            arguments[key] = value
     try:
         built = distiller(student, teacher, **arguments)
     except ValueError as error:
