@@ -20,7 +20,8 @@ def at_loss(student_map, teacher_map):
     square, as a mean over the batch and the positions, is what the weight of 1000 and the published figures belong to.
     """
     size = min(student_map.shape[2:], teacher_map.shape[2:])
-    student_map, teacher_map = (F.adaptive_avg_pool2d(m.float(), size) for m in (student_map, teacher_map))
+    student_map, teacher_map = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m.float(), size)
+                                for m in (student_map, teacher_map))
     return (attention_map(student_map) - attention_map(teacher_map)).square().mean()
 
 

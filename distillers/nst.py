@@ -17,8 +17,9 @@ def nst_loss(student_map, teacher_map):
     """
     size = min(student_map.shape[2:], teacher_map.shape[2:])
     with torch.autocast(student_map.device.type, enabled=False):
-        s, t = (F.normalize(F.adaptive_avg_pool2d(m.float(), size).flatten(2), dim=2)
+        s, t = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m.float(), size)
                 for m in (student_map, teacher_map))
+        s, t = (F.normalize(m.float().flatten(2), dim=2) for m in (s, t))
         return (polynomial_kernel(t, t) + polynomial_kernel(s, s) - 2 * polynomial_kernel(s, t)).mean()
 
 

@@ -39,9 +39,10 @@ class VIDStage(nn.Module):
 
     def forward(self, student_map, teacher_map):
         size = min(student_map.shape[2:], teacher_map.shape[2:])
-        student_map, teacher_map = (F.adaptive_avg_pool2d(m, size) for m in (student_map, teacher_map))
-        variance = (F.softplus(self.alpha) + self.eps).view(1, -1, 1, 1)
-        error = (self.mean(student_map).float() - teacher_map.float()).square()
+        student_map, teacher_map = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size)
+                                    for m in (student_map, teacher_map))
+        variance = F.softplus(self.alpha) + self.eps  # (C_t,)
+        error = (self.mean(student_map).float() - teacher_map.float()).square().mean((0, 2, 3))
         return 0.5 * (error / variance + variance.log()).mean()
 
 
