@@ -9,6 +9,7 @@ The same command again goes on where a run was stopped or killed.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,16 +104,24 @@ def build_network(name, num_classes, cfg, device):
     return model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
 
+def check_teacher_file(cfg):
+    """Raise InputError where the teacher's file is missing and not to be trained, with the command that trains it."""
+    path = Path(cfg.teacher.checkpoint)
+    if cfg.distiller["name"] == "ce" or path.exists():
+        return
+    if not cfg.teacher.train:
+        command = f"python train_cifar.py --cfg {cfg.teacher.cfg or 'yaml/ce_' + cfg.teacher.name + '.yaml'}"
+        raise InputError("teacher.checkpoint", f"{path} is missing; train it: {command} "
+                         "(or set teacher.train=true; or name a published file)")
+    if not cfg.teacher.cfg:
+        raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
+
+
 def load_teacher(cfg, num_classes, device):
     """The teacher with its weights; where the file is missing, trained first or one line that says how."""
+    check_teacher_file(cfg)
     path = Path(cfg.teacher.checkpoint)
     if not path.exists():
-        command = f"python train_cifar.py --cfg {cfg.teacher.cfg or 'yaml/ce_' + cfg.teacher.name + '.yaml'}"
-        if not cfg.teacher.train:
-            raise InputError("teacher.checkpoint", f"{path} is missing; train it: {command} "
-                             "(or set teacher.train=true; or name a published file)")
-        if not cfg.teacher.cfg:
-            raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
         other = companion(cfg, cfg.teacher.cfg, train)
         trained = Path(other.runs, other.name, "student.pth")
         if distributed.is_main() and trained != path:
@@ -181,9 +190,12 @@ def train(cfg):
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def check_state(cfg):
-    """Raise InputError where the run's folder holds another run."""
-    load_state(cfg, Path(cfg.runs, cfg.name), NOT_PART_OF_A_RUN)
+def check_baseline(cfg, other):
+    """Raise InputError where the baseline's folder holds another run, or its teacher will be missing."""
+    folder = Path(other.runs, other.name)
+    load_state(other, folder, NOT_PART_OF_A_RUN)
+    if not (folder / "student.pth").exists() and other.teacher.checkpoint != cfg.teacher.checkpoint:  # ours will be
+        check_teacher_file(other)
 
 
 def compare(cfg, last):
@@ -234,7 +246,7 @@ def main(argv=None):
         if args.eval:
             return evaluate_file(cfg, args.eval)
         if cfg.baseline:  # what is wrong with its settings or its folder is said before anything is trained
-            companion(cfg, cfg.baseline, check_state)
+            companion(cfg, cfg.baseline, functools.partial(check_baseline, cfg))
         last = train(cfg)
         if cfg.baseline:
             compare(cfg, last)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -492,6 +493,24 @@ def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_nam
     (tmp_path / "runs/alone/latest.pth").unlink()
     assert "no latest.pth to go on from" in refused(capsys, path, "name=fewer")
     assert not (tmp_path / "runs/fewer").exists()
+
+
+def test_a_baseline_whose_own_teacher_is_missing_is_refused_before_the_run(config, tmp_path, capsys):
+    gone, file = tmp_path / "gone.pth", tmp_path / "teacher.pth"
+    gone.write_bytes(file.read_bytes())
+    other = config("fitnet", name="other.yaml", epochs=1, teacher={"name": "plaincnn4", "checkpoint": str(gone)})
+    path = config("kd", epochs=1, baseline=other)
+    assert train_cifar.main(["--cfg", path]) == 0
+    gone.unlink()
+    assert train_cifar.main(["--cfg", path, "name=second"]) == 0  # the baseline is finished and needs it no more
+    shutil.rmtree(tmp_path / "runs/other")
+    capsys.readouterr()
+    error = refused(capsys, path, "name=third")
+    assert "baseline" in error and f"other.yaml: teacher.checkpoint: {gone} is missing" in error
+    assert not (tmp_path / "runs/third").exists()
+    teacher = config("ce", name="t.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
+    assert train_cifar.main(["--cfg", path, "name=third", f"teacher.checkpoint={gone}", "teacher.train=true",
+                             f"teacher.cfg={teacher}"]) == 0  # the same file, which this run makes
 
 
 def test_teachers_accuracy_is_printed_and_checked(config, capsys):
