@@ -1,6 +1,9 @@
-"""The published weights and hyper-parameters: in the constructors, in the files for CIFAR-100 and for ImageNet."""
+"""The published weights and hyper-parameters: in the constructors, in the files for CIFAR-100 and for ImageNet; and
+what the files say of accuracies."""
 
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,10 @@ import pytest
 from distillers import DISTILLERS
 from train_cifar import Settings
 from train_imagenet import read_settings
-from utils.config import load_config
+from utils.config import flatten, load_config
+from utils.log import read_log
+from utils.report import spread
+from utils.run_list import finished, load_list, runs_of
 
 ROOT = Path(__file__).parents[1]
 IMAGENET_FILES = sorted(ROOT.glob("yaml/imagenet/*.yaml"))
@@ -152,3 +158,51 @@ def test_the_file_for_imagenet_has_its_own(path):
     assert (optimizer.weight_decay, optimizer.milestones, optimizer.gamma) == (1e-4, [30, 60, 90], 0.1)
     if name in ("fitnet", "crd", "reviewkd", "ickd"):
         assert (connectors.optimizer, connectors.weight_decay) == ("student", 1e-4)
+
+
+# The first lines of a file: what is published, and what we measured
+
+NOT_OF_THE_FILE = {"name", "seed", "epochs", "optimizer.milestones", "optimizer.schedule", "teacher.checkpoint",
+                   "connectors.warmup_epochs", "distiller.warmup_epochs"}
+
+
+def head(path):
+    return " ".join(line.strip("# ") for line in path.read_text().split("\n\n")[0].splitlines())
+
+
+def measured():
+    """{file: "epochs: mean ± deviation (n = …)" of our longest runs of it, changed in nothing but their length}."""
+    runs = {}
+    for name, section in load_list(ROOT / "results/runs.yaml").items():
+        for run, _, _, (_, cfg, *overrides) in runs_of(name, section):
+            own, ran = (flatten(dataclasses.asdict(load_config(Settings, ROOT / cfg, o))) for o in ([], overrides))
+            changed = {key for key in own.keys() | ran.keys() if own.get(key) != ran.get(key)}
+            if changed <= NOT_OF_THE_FILE and finished(ROOT / "results" / run):
+                last = read_log(ROOT / "results" / run / "log.jsonl")[-1]
+                runs.setdefault(ROOT / cfg, {}).setdefault(last["epoch"], []).append(last["top1"])
+    return {path: f"{max(of)} epochs: {spread(of[max(of)])} (n = {len(of[max(of)])})" for path, of in runs.items()}
+
+
+def test_each_file_says_what_we_measured():
+    ours = measured()
+    assert len(ours) > 15
+    for path in (*FILES, *IMAGENET_FILES):
+        expected = f"Ours, in {ours[path]}; in 240: not run." if path in ours else "Ours: not run."
+        assert expected in head(path), path
+
+
+def test_the_best_that_is_published_is_the_best_of_all_files():
+    for path in (path for path in FILES if path.stem.startswith("dpk_") and "plaincnn" not in path.stem):
+        published = {}
+        for other in ROOT.glob(f"yaml/*_{path.stem[4:]}.yaml"):
+            top1 = re.search(r"Published: ([\d.]+)[, ]", head(other))
+            if top1 and not other.stem.startswith("mlkd_"):
+                published.setdefault(float(top1[1]), set()).add(head(other).split(",")[0])
+        best = max(published)
+        top1, names = re.search(r"with one view, ([\d.]+), (.*?) \(student", head(path)).groups()
+        assert (float(top1), set(names.split(" and "))) == (best, published[best])
+        pair = re.search(r", (.*) teaches (.*) on CIFAR-100", head(path))
+        row, = (line for line in (ROOT / "README.md").read_text().splitlines()
+                if line.startswith(f"| {pair[1]} → {pair[2]} "))
+        cell = row.strip("| ").split(" | ")[-1]
+        assert (cell.split(", ")[0], set(cell.split(", ")[1].split(" and "))) == (top1, set(names.split(" and ")))
