@@ -147,7 +147,7 @@ def rank(entries, images):
                       f"and {first['images_per_s'] / best['images_per_s']:.1f} times as fast")
         elif not ranked:
             reason = "the most accurate" if len(tied) == 1 else f"the fastest of {len(tied)} within {error:.2f}"
-        elif first["top1"] > ranked[0]["top1"]:
+        elif first["top1"] >= ranked[0]["top1"]:
             reason = f"{first['top1'] - ranked[0]['top1']:.2f} above the first, within the error, but slower"
         else:
             reason = f"{ranked[0]['top1'] - first['top1']:.2f} less accurate than the first"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from distillers import DISTILLERS
+from distillers import DISTILLERS, NO_SETTINGS
 from models import MODELS
 from utils import checkpoint, distributed, engine
 from utils.config import flatten, help_text, load_config, section, setting
@@ -94,8 +94,8 @@ def read_settings(path, overrides=()):
         raise InputError("teacher", f"{cfg.distiller['name']} needs teacher.name and teacher.checkpoint; networks: "
                          f"{', '.join(MODELS)}")
     with torch.device("meta"):  # shapes without numbers: stages, heads and weights are checked at once
-        teacher = MODELS[cfg.teacher.name]() if cfg.teacher.name else None
-        engine.build_distiller(cfg, MODELS[cfg.student.name](), teacher)
+        teacher = MODELS[cfg.teacher.name](num_classes=100) if cfg.teacher.name else None
+        engine.build_distiller(cfg, MODELS[cfg.student.name](num_classes=100), teacher)
     return cfg
 
 
@@ -104,17 +104,28 @@ def build_network(name, num_classes, cfg, device):
     return model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
 
+def check_student(name, cfg):
+    """Raise InputError where the settings do not train the network `name`."""
+    if cfg.student.name != name:
+        raise InputError("student.name", f"{cfg.student.name} there, and teacher.name is {name} here")
+
+
 def check_teacher_file(cfg):
-    """Raise InputError where the teacher's file is missing and not to be trained, with the command that trains it."""
+    """Raise InputError where the teacher's file is missing and not to be trained, or not by its YAML file."""
     path = Path(cfg.teacher.checkpoint)
     if cfg.distiller["name"] == "ce" or path.exists():
         return
     if not cfg.teacher.train:
-        command = f"python train_cifar.py --cfg {cfg.teacher.cfg or 'yaml/ce_' + cfg.teacher.name + '.yaml'}"
-        raise InputError("teacher.checkpoint", f"{path} is missing; train it: {command} "
-                         "(or set teacher.train=true; or name a published file)")
+        file = cfg.teacher.cfg or f"yaml/ce_{cfg.teacher.name}.yaml"
+        try:
+            check_student(cfg.teacher.name, load_config(Settings, file))
+            how = f"train it: python train_cifar.py --cfg {file} (or set teacher.train=true; or name a published file)"
+        except InputError:  # no such file, or another network's
+            how = "name another file, or a YAML file that trains it: teacher.cfg=FILE teacher.train=true"
+        raise InputError("teacher.checkpoint", f"{path} is missing; {how}")
     if not cfg.teacher.cfg:
         raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
+    companion(cfg, cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
 
 
 def load_teacher(cfg, num_classes, device):
@@ -230,11 +241,11 @@ def evaluate_file(cfg, path):
         top1, top5 = engine.evaluate(model, loader, engine.build_autocast("fp32", device))
         print(f"{path}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {len(data.test.labels)} images, float32")
         return
-    raise InputError("--eval", "; ".join(error.message for error in reasons))
+    raise InputError("--eval", "; ".join(dict.fromkeys(error.message for error in reasons)))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.NO_SETTINGS),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, NO_SETTINGS),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="CHECKPOINT", help="evaluate this file of the student or the teacher instead")

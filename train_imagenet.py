@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from distillers import DISTILLERS
+from distillers import DISTILLERS, NO_SETTINGS
 from models import IMAGENET_MODELS
 from utils import checkpoint, distributed, engine
 from utils.config import help_text, load_config, section, setting
@@ -101,8 +101,9 @@ def read_settings(path, overrides=()):
     if cfg.distiller["name"] != "ce" and not (cfg.teacher.name and cfg.teacher.weights):
         raise InputError("teacher", f"{cfg.distiller['name']} needs teacher.name and teacher.weights; networks: "
                          f"{', '.join(IMAGENET_MODELS)}")
-    if cfg.data.randaugment > 30 or cfg.data.random_erasing > 1:
-        raise InputError("data", "randaugment is at most 30, random_erasing at most 1")
+    for key, value, most in (("randaugment", cfg.data.randaugment, 30), ("random_erasing", cfg.data.random_erasing, 1)):
+        if value > most:
+            raise InputError(f"data.{key}", f"{value} is not valid; valid: at most {most}")
     return cfg
 
 
@@ -184,11 +185,11 @@ def evaluate_file(cfg, weights):
         top1, top5 = engine.evaluate(model, loader, engine.build_autocast("fp32", device))
         print(f"{weights}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {len(images)} images, float32")
         return
-    raise InputError("--eval", "; ".join(reasons))
+    raise InputError("--eval", "; ".join(dict.fromkeys(reasons)))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, engine.NO_SETTINGS),
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(Settings, DISTILLERS, NO_SETTINGS),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML file of the run")
     parser.add_argument("--eval", metavar="WEIGHTS", help="evaluate this file, or torchvision's weights, instead")

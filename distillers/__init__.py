@@ -1,5 +1,7 @@
 """The distillers by name. To add one: a file beside these, and a line here."""
 
+import inspect
+
 from .at import AT
 from .cc import CC
 from .ce import CE
@@ -39,3 +41,18 @@ DISTILLERS = {
     "mlkd": MLKD,
     "dpk": DPK,
 }
+
+NO_SETTINGS = ["image_size", "num_samples", "masked"]  # arguments of distillers that the scripts give
+
+
+def with_defaults(distiller):
+    """The settings `distiller`, {"name": …, arguments}, and the defaults of the arguments that they leave out.
+
+    As they are for a name that is not known.
+    """
+    name = distiller.get("name")
+    if not isinstance(name, str) or name not in DISTILLERS:
+        return distiller
+    arguments = inspect.signature(DISTILLERS[name]).parameters.values()
+    return {"name": name} | {argument.name: argument.default for argument in arguments
+                             if argument.kind is argument.KEYWORD_ONLY and argument.name not in NO_SETTINGS} | distiller

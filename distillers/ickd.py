@@ -55,7 +55,8 @@ class ICKD(nn.Module):
     The projector (convolution without bias, BatchNorm) takes the student's map to the teacher's channels; the
     teacher's map is not projected. projector_kernel: 1 on CIFAR, 3 on ImageNet. "Without KL" is kd_weight = 0.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "icc": scalars}), weighted.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "icc": scalars}), weighted; no "kd" where
+    its weight is 0.
     Raises ValueError for a temperature that is not positive, a negative weight, an even kernel, a label_smoothing
     outside 0 to 1.
     """

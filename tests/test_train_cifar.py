@@ -56,7 +56,8 @@ def config(tmp_path):
             "teacher": {"name": "plaincnn4", "checkpoint": str(tmp_path / "teacher.pth")},
             "distiller": DISTILLERS[method],
             "epochs": 2, "batch_size": 64, "log_every": 2, "precision": "fp32",
-            "connectors": {"optimizer": "adamw" if method == "dpk" else "student"},
+            "optimizer": {"milestones": []},
+            "connectors": {"optimizer": "adamw" if method == "dpk" else "student", "warmup_epochs": 0},
         } | changes
         (tmp_path / name).write_text(yaml.safe_dump(settings))
         return str(tmp_path / name)
@@ -588,6 +589,9 @@ def refused(capsys, *arguments):
     ("nonsense", ["nonsense", "key.sub=value"]),
     ("=3", ["key.sub=value"]),
     ("val_split=300", ["val_split"]),
+    ("val_split=299", ["data: 1 training images", "at least 4"]),
+    ("batch_size=1", ["batch_size: 1", "valid: 2 or more"]),
+    ("epochs=.inf", ["epochs: inf", "valid: int, finite"]),
     ("device=tpu", ["device", "cuda, cpu"]),
     ("teacher.checkpoint=nowhere.pth", ["teacher.checkpoint", "nowhere.pth", "is missing"]),
     ("runs=/proc/nowhere", ["runs", "cannot write"]),
@@ -611,6 +615,45 @@ def test_bad_yaml_files_get_one_line(tmp_path, capsys, text, words):
         assert word in error
 
 
+def test_settings_of_a_longer_run_are_said_to_be(config, capsys):
+    connectors = {"optimizer": "adamw", "warmup_epochs": 20}
+    path = config("dpk", epochs=1, optimizer={"milestones": [150, 180]}, connectors=connectors)
+    assert train_cifar.main(["--cfg", path]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "optimizer.milestones: none of [150, 180] is before the end of 1 epochs",
+        "connectors.warmup_epochs: 20 do not end in 1 epochs"]
+    path = config("dkd", name="dkd.yaml", epochs=1)
+    assert train_cifar.main(["--cfg", path, "name=second"]) == 0
+    assert capsys.readouterr().err == "distiller.warmup_epochs: 20 do not end in 1 epochs\n"
+    path = config("dpk", name="sgd.yaml", epochs=1, connectors={"warmup_epochs": 20})
+    assert train_cifar.main(["--cfg", path, "name=third"]) == 0
+    assert capsys.readouterr().err.startswith("connectors.optimizer: DPK's transformers are in the student's")
+
+
+def test_a_run_says_and_keeps_the_distillers_defaults(config, tmp_path, capsys, monkeypatch):
+    path = config("kd", epochs=1)
+    assert train_cifar.main(["--cfg", path]) == 0
+    folder = tmp_path / "runs/run"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["distiller"] == {
+        "name": "kd", "ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0, "logit_standardization": False,
+        "label_smoothing": 0.0}
+    state = checkpoint.load(folder / "latest.pth", "test")
+    state["config"]["distiller"] = {"name": "kd"}  # as files of earlier versions have it
+    checkpoint.save(folder / "latest.pth", state)
+    assert train_cifar.main(["--cfg", path]) == 0
+    monkeypatch.setitem(train_cifar.DISTILLERS["kd"].__init__.__kwdefaults__, "temperature", 2.0)
+    assert train_cifar.main(["--cfg", path]) == 0  # what it had before nobody knows
+    checkpoint.save(folder / "latest.pth", state | {"config": state["config"] | {"distiller": {
+        "name": "kd", "temperature": 4.0}}})
+    assert "distiller.temperature: 2.0 now, 4.0 in" in refused(capsys, path)
+
+
+def test_a_network_is_built_with_its_number_of_classes(config, monkeypatch):
+    build = MODELS["plaincnn2"]
+    monkeypatch.setitem(MODELS, "plaincnn2", lambda num_classes: build(num_classes=num_classes))  # no default
+    assert train_cifar.main(["--cfg", config("kd", epochs=1)]) == 0
+
+
 def test_numbers_without_a_dot_are_numbers(config, tmp_path):
     path = Path(config("ce", epochs=1))
     path.write_text(path.read_text() + "optimizer: {lr: 5e-2, weight_decay: 5e-4}\n")
@@ -628,6 +671,16 @@ def test_bad_teacher_files_get_one_line(config, tmp_path, capsys):
     assert "plaincnn4" in refused(capsys, path, f"teacher.checkpoint={file}")
     checkpoint.save(file, MODELS["plaincnn4"](num_classes=10).state_dict())
     assert "(10, 64) in the file, (100, 64) here" in refused(capsys, path, f"teacher.checkpoint={file}")
+
+
+def test_a_teacher_is_not_trained_by_the_file_of_another_network(config, tmp_path, capsys):
+    other = config("ce", name="other.yaml", epochs=1, student={"name": "plaincnn2"}, teacher={})
+    path = config("kd", teacher={"name": "plaincnn4", "checkpoint": str(tmp_path / "no.pth"), "cfg": other})
+    error = refused(capsys, path, "teacher.train=true")
+    assert "teacher.cfg" in error and "student.name: plaincnn2 there, and teacher.name is plaincnn4 here" in error
+    assert not (tmp_path / "no.pth").exists() and not (tmp_path / "runs/other").exists()
+    error = refused(capsys, path)
+    assert "no.pth is missing" in error and "train it" not in error and "teacher.cfg=FILE" in error
 
 
 def test_a_bad_companion_file_is_named(config, tmp_path, capsys):

@@ -76,8 +76,8 @@ def config(tmp_path, tree, teacher):
             "teacher": {"name": "resnet18", "weights": str(teacher)},
             "distiller": DISTILLERS[method],
             "epochs": 2, "batch_size": 16, "log_every": 2, "save_every": 2, "precision": "fp32", "device": "cpu",
-            "optimizer": {"lr": 0.01},
-            "connectors": {"optimizer": "adamw" if method == "dpk" else "student"},
+            "optimizer": {"lr": 0.01, "milestones": []},
+            "connectors": {"optimizer": "adamw" if method == "dpk" else "student", "warmup_epochs": 1},
         } | changes
         (tmp_path / name).write_text(yaml.safe_dump(settings))
         return str(tmp_path / name)
@@ -513,7 +513,9 @@ def test_two_nodes(config, tmp_path):
     ("student.name=alexnet", ["data.size", "alexnet does not take 32 pixels"]),
     ("data.root=/nowhere", ["data.root", "/nowhere/train"]),
     ("data.name=imagenet", ["data.name", "folder, fake"]),
-    ("data.randaugment=31", ["randaugment is at most 30"]),
+    ("data.randaugment=31", ["data.randaugment: 31", "at most 30"]),
+    ("data.random_erasing=1.5", ["data.random_erasing: 1.5", "at most 1"]),
+    ("batch_size=1", ["batch_size: 1", "valid: 2 or more"]),
     ("batch_size=15", ["batch_size", "15"]),
     ("batch_size=200", ["batch_size", "96 training images are too few"]),
     ("accumulate=0", ["accumulate", "at least 1"]),

@@ -67,9 +67,11 @@ def load(path, key):
     except pickle.UnpicklingError as error:
         # After torch's advice to load the file unsafely.
         reason = re.split(r"WeightsUnpickler error:|\n\n", str(error), maxsplit=1)[-1].strip().split("\n")[0]
-        raise InputError(key, f"{path} is not a file of weights alone, or damaged: {reason}") from None
+        raise InputError(key, f"{path} is not a file of weights alone, such as a state_dict, or damaged: "
+                         f"{reason.split(' Please use')[0]}") from None
     except Exception as error:  # a damaged file raises all sorts, struct.error and AssertionError among them
-        reason = [*str(error).splitlines(), type(error).__name__][0]
+        said = "" if isinstance(error, LookupError) else str(error)  # of the unpickler's own stack, or a bare key
+        reason = [*said.splitlines(), type(error).__name__][0]
         raise InputError(key, f"{path} is damaged or not a torch file: {reason}") from None
 
 

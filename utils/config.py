@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -123,7 +124,8 @@ def check_value(key, value, annotation, choices=None, low=None, above=None):
         value = ""
     if not _is_a(value, annotation):
         name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        raise InputError(key, f"{value!r} is not valid; valid: {name}")
+        finite = ", finite" if isinstance(value, float) and not math.isfinite(value) else ""
+        raise InputError(key, f"{value!r} is not valid; valid: {name}{finite}")
     if annotation is float:
         value = float(value)
     if choices and value not in choices:

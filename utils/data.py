@@ -216,7 +216,8 @@ class Loader:
             full, last = divmod(len(self.labels), batch_size)
             self.steps = full + (last // world >= 4)
             if not self.steps:
-                raise InputError("batch_size", f"{len(self.labels)} images are too few for {world} processes")
+                raise InputError("data", f"{len(self.labels)} training images, without those of val_split; valid: "
+                                 f"at least 4 a process, {4 * world}")
         else:
             self.steps = -(-len(self.order) // batch_size)  # rounded up
 

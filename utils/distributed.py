@@ -82,9 +82,11 @@ def one_of_each_node_first():
     first = is_main_of_node()
     if not first:
         barrier()
-    yield
-    if first:
-        barrier()
+    try:
+        yield
+    finally:  # what stops the first, a missing file for instance, stops the others in the same way
+        if first:
+            barrier()
 
 
 def finish(together=True):

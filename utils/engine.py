@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distillers import DISTILLERS
+from distillers import DISTILLERS, NO_SETTINGS, with_defaults
 from distillers.dpk import Block
 from utils import checkpoint, distributed
 from utils.config import check_arguments, flatten
@@ -27,11 +27,8 @@ from utils.stopping import SIGNALLED, Stopped, Stopper
 # ------------------------------------------------------------------------------------------------------------ set-up
 
 
-NO_SETTINGS = ["image_size", "num_samples", "masked"]  # arguments of distillers that the scripts give
-
-
 def check_distiller(cfg):
-    """Raise InputError unless `cfg.distiller` names a distiller and arguments of it."""
+    """Raise InputError unless `cfg.distiller` names a distiller and arguments of it; its defaults are added."""
     name = cfg.distiller.get("name")
     if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
@@ -39,6 +36,7 @@ def check_distiller(cfg):
     for key in NO_SETTINGS:
         if key in cfg.distiller:
             raise InputError(f"distiller.{key}", "is given by the script; leave it out")
+    cfg.distiller = with_defaults(cfg.distiller)  # a run says all that it was, and cannot go on with other defaults
 
 
 def pick_device(cfg):
@@ -64,6 +62,23 @@ def warn_of_emulation(precision, device):
     cpu = torch.cpu.get_capabilities()
     if device.type == "cpu" and cpu["architecture"] == "x86_64" and not cpu.get("avx512_bf16"):
         print("precision: this CPU only emulates bf16; precision=fp32 is several times faster", file=sys.stderr)
+
+
+def warn_of_settings(cfg):
+    """Lines on stderr for settings that are valid but hardly meant: of a longer run, or DPK's modules under SGD."""
+    if cfg.distiller["name"] == "dpk" and cfg.connectors.optimizer == "student":
+        print(f"connectors.optimizer: DPK's transformers are in the student's optimizer, lr {cfg.optimizer.lr}; its "
+              "authors' are in an adamw of their own", file=sys.stderr)
+    if cfg.optimizer.schedule == "step" and cfg.optimizer.milestones and min(cfg.optimizer.milestones) >= cfg.epochs:
+        print(f"optimizer.milestones: none of {cfg.optimizer.milestones} is before the end of {cfg.epochs} epochs",
+              file=sys.stderr)
+    warm_ups = {"optimizer.warmup_epochs": cfg.optimizer.warmup_epochs,
+                "distiller.warmup_epochs": cfg.distiller.get("warmup_epochs", 0)}
+    if cfg.connectors.optimizer == "adamw":
+        warm_ups["connectors.warmup_epochs"] = cfg.connectors.warmup_epochs
+    for key, epochs in warm_ups.items():
+        if epochs >= cfg.epochs:
+            print(f"{key}: {epochs} do not end in {cfg.epochs} epochs", file=sys.stderr)
 
 
 def build_autocast(precision, device):
@@ -101,6 +116,9 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
+    if cfg.batch_size // (world * accumulate) < 2:
+        raise InputError("batch_size", f"{cfg.batch_size} is one image for each process and batch, and BatchNorm and "
+                         f"losses between images need two; valid: {2 * world * accumulate} or more")
     torch.manual_seed((cfg.seed + 1) % 2**63)  # the connectors', whatever was drawn to train or load a teacher
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     run.distiller = build_distiller(cfg, student, teacher, num_samples=train_loader.num_samples, masked=graph)
@@ -259,6 +277,7 @@ def train(cfg, set_up, ignored, timeout=None):
 
     if rank == 0:
         warn_of_emulation(cfg.precision, device)
+        warn_of_settings(cfg)
     run = set_up(cfg, rank, world, device)
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)

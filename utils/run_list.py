@@ -27,7 +27,7 @@ from utils import checkpoint
 from utils.config import NumberLoader, flatten, load_config
 from utils.errors import InputError, one_line
 from utils.log import read_log
-from utils.state import lock
+from utils.state import lock, with_all_defaults
 
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
 
@@ -106,17 +106,19 @@ def check_results(folder, arguments, root):
     """
     _, cfg, *overrides = arguments
     try:
-        asked = flatten(dataclasses.asdict(load_config(train_cifar.Settings, root / cfg, overrides)))
+        asked = dataclasses.asdict(load_config(train_cifar.Settings, root / cfg, overrides))
     except InputError as error:
         raise ValueError(f"{cfg}: {error}") from None
-    done = flatten(yaml.load((folder / "config.yaml").read_text(), NumberLoader))
+    done = yaml.load((folder / "config.yaml").read_text(), NumberLoader)
+    asked, done = (flatten(with_all_defaults(settings)) for settings in (asked, done))
     keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
     for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
         if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
             continue  # the runs may have been kept elsewhere
         if asked.get(key) != done.get(key):
             raise ValueError(f"{folder} is of another run: {key} is {done.get(key)} there, {asked.get(key)} was asked "
-                             "for; move it away, or give the run another name")
+                             "for; move it away, or give the run another name (what is to change all runs of a list "
+                             "belongs under common: there)")
 
 
 def teacher_file(arguments):

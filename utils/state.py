@@ -9,6 +9,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from distillers import with_defaults
 from utils import checkpoint, distributed
 from utils.config import flatten, yaml_text
 from utils.errors import InputError
@@ -35,6 +36,11 @@ def lock(path):
     return file
 
 
+def with_all_defaults(settings):
+    """Settings as saved; an old file lacks what its distiller had by default."""
+    return settings | {key: with_defaults(settings[key]) for key in settings if key == "distiller"}
+
+
 def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
@@ -49,8 +55,8 @@ def load_state(cfg, folder, ignored):
         return None
     try:
         state = checkpoint.load(path, "name")
-        theirs, ours = flatten(state["config"]), flatten(dataclasses.asdict(cfg))
-    except (InputError, KeyError, TypeError) as error:
+        theirs, ours = flatten(with_all_defaults(state["config"])), flatten(dataclasses.asdict(cfg))
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "
                          "away, or give another name=...") from None
     for key in sorted(theirs.keys() | ours.keys()):

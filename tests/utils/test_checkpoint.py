@@ -171,8 +171,15 @@ def test_a_class_that_only_has_the_name_of_an_allowed_one_is_refused(tmp_path, w
 @FORMATS
 def test_a_whole_model_instead_of_its_weights_is_refused(tmp_path, zipped):
     path = file(tmp_path / "t.pth", MODELS["resnet8"](), zipped)
-    with fails(path, "not a file of weights alone", "ResNet"):
+    with fails(path, "not a file of weights alone, such as a state_dict", "ResNet") as caught:
         load(path)
+    assert "Please" not in str(caught.value)  # torch's advice to trust the file
+
+
+def test_a_text_file_is_no_torch_file(tmp_path):
+    (tmp_path / "t.pth").write_text("error: not found\n")
+    with fails(tmp_path / "t.pth", "damaged or not a torch file: IndexError"):
+        checkpoint.load(tmp_path / "t.pth", "teacher.checkpoint")
 
 
 @FORMATS

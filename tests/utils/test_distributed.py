@@ -34,6 +34,10 @@ def test_one_of_each_node_goes_first(monkeypatch):
         with distributed.one_of_each_node_first():
             done.append("download")
         assert done == order
+        done.clear()
+        with pytest.raises(InputError), distributed.one_of_each_node_first():
+            raise InputError("data.root", "nowhere")
+        assert done == ["barrier"]  # the others go on, and say the same
 
 
 def test_alone_a_process_does_not_leave_nccl(monkeypatch):

@@ -273,7 +273,7 @@ def test_results_of_other_settings_are_not_those_of_the_list(listed, capsys):
         "{epochs: 2, teacher: {checkpoint: /tmp/a/b.pth}, distiller: {name: ce}}")
     arguments = ["--cfg", "yaml/ce_plaincnn2.yaml", "epochs=2"]
     run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/a/b.pth"], ROOT)
-    with pytest.raises(ValueError, match="distiller.label_smoothing is None there, 0.1 was asked for"):
+    with pytest.raises(ValueError, match="distiller.label_smoothing is 0.0 there, 0.1 was asked for"):
         run_list.check_results(listed.parent / "small_second_s0", [*arguments, "distiller.label_smoothing=0.1"], ROOT)
     with pytest.raises(ValueError, match="teacher.checkpoint"):
         run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/c/b.pth"], ROOT)
