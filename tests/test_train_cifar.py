@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +238,41 @@ def test_stopped_after_the_last_step_of_an_epoch(config, tmp_path, monkeypatch):
     assert train_cifar.main(["--cfg", path]) == 0
     assert train_cifar.main(["--cfg", path, "name=whole"]) == 0
     assert log(tmp_path / "runs/run") == log(tmp_path / "runs/whole")
+
+
+def test_epochs_rates_and_the_best_go_on_after_a_stop(config, tmp_path, monkeypatch):
+    tops, epochs, scalars = iter([1.0, 30.0, None, 20.0, 25.0]), [], []  # the first is the teacher's
+
+    def evaluate(*args):
+        if (top1 := next(tops)) is None:
+            raise stopping.Stopped
+        return top1, 50.0
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "tensorboard_writer", lambda folder: SimpleNamespace(
+        add_scalar=lambda *scalar: scalars.append(scalar)))
+    monkeypatch.setattr(train_cifar.DISTILLERS["dkd"], "set_epoch", lambda self, epoch: epochs.append(epoch))
+    path = config("dkd", epochs=3, optimizer={"milestones": [1, 2]}, tensorboard=True)
+    for entries in 1, 3:
+        assert train_cifar.main(["--cfg", path]) == 0
+        assert len(log(tmp_path / "runs/run")) == entries
+    entries = log(tmp_path / "runs/run")
+    assert [(entry["top1"], entry["best_top1"]) for entry in entries] == [(30, 30), (20, 30), (25, 30)]
+    assert [entry["lr"] for entry in entries] == pytest.approx([0.05, 0.005, 0.0005])
+    assert epochs == [0, 1, 1, 2]
+    assert [scalar for scalar in scalars if scalar[0] == "top1"] == [("top1", 30, 1), ("top1", 20, 2), ("top1", 25, 3)]
+    assert checkpoint.load(tmp_path / "runs/run/student.pth", "test")["accuracy"] == 25
+
+
+def test_the_time_of_an_epoch_counts_what_was_before_a_stop(config, tmp_path):
+    path, file = config("ce", teacher={}), tmp_path / "runs/run/latest.pth"
+    assert train_cifar.main(["--cfg", path, "stop_after=0.0001"]) == 0
+    state = checkpoint.load(file, "test")
+    state["clock"]["seconds"] += 1000
+    checkpoint.save(file, state)
+    assert train_cifar.main(["--cfg", path]) == 0
+    first, second = map(json.loads, (tmp_path / "runs/run/log.jsonl").read_text().splitlines()[1:])
+    assert first["seconds"] > 1000 > second["seconds"] and first["images_per_s"] < 300 / 1000 < second["images_per_s"]
 
 
 def test_a_non_finite_loss_stops_with_its_name_and_keeps_the_checkpoint(config, tmp_path, monkeypatch, capsys):

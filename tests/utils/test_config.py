@@ -279,6 +279,10 @@ def test_the_text_of_a_config_loads_to_an_equal_config(tmp_path, config):
         Tree(name=config.name, table=config.table)
 
 
+def test_a_long_value_stays_on_one_line():
+    assert yaml_value(list(range(100))) == str(list(range(100)))
+
+
 def leaves(config, prefix=""):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

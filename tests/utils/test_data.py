@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
+from torchvision.models import ResNet18_Weights
 from torchvision.transforms import functional as TF
 
-from utils.data import Loader, Split, crop_flip, load_data, normalize, random_crop_flip
+from utils.data import STATISTICS, Loader, Split, crop_flip, load_data, normalize, random_crop_flip
 from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +115,11 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert visited(train, 0, 3) == first[96:128]  # back in an earlier epoch, any step first: no hidden state
 
 
+def test_a_seed_does_not_repeat_the_epochs_of_another():
+    orders = {tuple(visited(loader(300, 32, seed=seed), epoch, 0)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_together_see_the_batch_of_one(world):
     one, many = loader(100, 24), [loader(100, 24, rank=rank, world=world) for rank in range(world)]
@@ -184,7 +190,21 @@ def test_evaluation_does_not_augment():
     assert torch.equal(test.batch(1, 0)[0], images)
 
 
+def test_memory_format():
+    split = Split(random_images(4), torch.arange(4))
+    for channels_last, memory_format in (True, torch.channels_last), (False, torch.contiguous_format):
+        test = Loader(split, 4, mean=MEAN, std=STD, train=False, channels_last=channels_last)
+        assert test.batch(0, 0)[0].is_contiguous(memory_format=memory_format)
+
+
 # load_data: names and val_split
+
+
+def test_pixels_are_normalized_as_for_published_weights():
+    imagenet = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    assert STATISTICS["folder"] == (tuple(imagenet.mean), tuple(imagenet.std))
+    assert STATISTICS["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert STATISTICS["cifar100"] == (MEAN, STD)
 
 
 def test_unknown_names_and_bad_numbers():
@@ -257,6 +277,19 @@ def test_a_failed_download_names_the_npz_that_would_do(error, tmp_path, monkeypa
     monkeypatch.setattr(datasets, "CIFAR100", original)
     fails("data.root", tmp_path / "cifar100.npz", "could not be downloaded", name="cifar100", root=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_npz_that_was_not_written_to_its_end_has_not_its_name(tmp_path, monkeypatch):
+    arrays = cifar_arrays(10)
+    monkeypatch.setattr(datasets, "CIFAR10", lambda *args, **kwargs: SimpleNamespace(
+        data=arrays["train_images"], targets=arrays["train_labels"].tolist(), classes=arrays["classes"].tolist()))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    fails("data.root", "No space left on device", name="cifar10", root=tmp_path)
+    assert not (tmp_path / "cifar10.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,17 @@ def test_rank_0_is_known_before_there_is_a_process_group(monkeypatch):
     assert not distributed.is_main_of_node()
 
 
+def test_a_process_takes_the_device_of_its_local_rank(monkeypatch):
+    taken, values = [], {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    for name, value in ("is_initialized", True), ("get_rank", 5), ("get_world_size", 8):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert distributed.start(torch.device("cuda")) == (5, 8, torch.device("cuda", 1))
+    assert taken == [torch.device("cuda", 1)]
+
+
 def test_a_rank_without_the_rest_is_named(monkeypatch):
     for name in distributed.TORCHRUN:
         monkeypatch.delenv(name, raising=False)

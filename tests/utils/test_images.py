@@ -1,5 +1,7 @@
 """Decoding, cropping, order and what becomes of files that cannot be read."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,16 @@ def test_validation_is_torchvisions_resize_and_centre_crop(root):
         assert problems == [] and index == i and label == (0 if image[16, 16, 1] > 100 else 1)
 
 
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_images_of_other_modes_become_rgb(tmp_path, mode):
+    (tmp_path / "train/a").mkdir(parents=True)
+    picture(100, 80).convert(mode).save(tmp_path / "train/a/0.jpg")
+    for size in 8, 64:
+        for train in True, False:
+            image, _, _, problems = Images(Tree(tmp_path, "train"), size, train=train)[0, 0]
+            assert image.shape == (size, size, 3) and problems == []
+
+
 @pytest.mark.parametrize("arguments", [{}, {"randaugment": 27, "color_jitter": 0.4, "random_erasing": 0.5}])
 def test_what_is_drawn_follows_from_seed_epoch_and_index(root, arguments):
     images = [Images(Tree(root, "train"), 32, train=True, seed=seed, **arguments) for seed in (0, 0, 1)]
@@ -87,6 +99,40 @@ def test_what_is_drawn_follows_from_seed_epoch_and_index(root, arguments):
     torch.set_rng_state(state)
     images[0][0, 3]
     assert torch.equal(state, torch.get_rng_state())  # the training loop's own stream is left alone
+
+
+def test_no_two_seeds_epochs_or_images_draw_the_same(monkeypatch):
+    monkeypatch.setattr(module, "random_resized_crop", lambda image, size: torch.randint(256, (3, 8, 8)).byte())
+    images = [Images(Fake("train", 4, 8), 8, train=True, seed=seed) for seed in range(3)]
+    drawn = {split[epoch, i][0].numpy().tobytes() for split in images for epoch in range(3) for i in range(4)}
+    assert len(drawn) == 36
+
+
+def augmented(monkeypatch, crop, **arguments):
+    """What twenty images become whose crop, uint8 (3, S, S), is this one."""
+    monkeypatch.setattr(module, "random_resized_crop", lambda image, size: crop)
+    images = Images(Fake("train", 20, 8), crop.shape[1], train=True, **arguments)
+    return [images[0, i][0].permute(2, 0, 1) for i in range(20)]
+
+
+def test_half_of_the_crops_are_mirrored_from_left_to_right(monkeypatch):
+    crop = torch.arange(12).view(3, 2, 2).byte()
+    images = augmented(monkeypatch, crop)
+    plain, mirrored = (sum(torch.equal(image, other) for image in images) for other in (crop, crop.flip(2)))
+    assert plain + mirrored == 20 and 4 < mirrored < 16
+
+
+def test_random_erasing_leaves_the_mean_colour(monkeypatch):
+    for image in augmented(monkeypatch, torch.zeros(3, 32, 32, dtype=torch.uint8), random_erasing=1.0):
+        assert image.flatten(1).T.unique(dim=0).tolist() == [[0, 0, 0], [124, 116, 104]]
+
+
+def test_the_strength_of_randaugment_and_color_jitter():
+    images = Images(Fake("train", 1, 8), 8, train=True, randaugment=27, color_jitter=0.4)
+    steps = {type(step): step for step in images.augment.transforms}
+    assert (steps[v2.RandAugment].num_ops, steps[v2.RandAugment].magnitude) == (2, 27)
+    jitter = steps[v2.ColorJitter]
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4) and jitter.hue is None
 
 
 def batches(root, split="train", **arguments):
@@ -111,6 +157,15 @@ def test_processes_and_accumulated_batches_together_see_the_batch_of_one(root, w
     assert [sorted(index for _, index in batch) for batch in whole.order] != expected
 
 
+def test_a_seed_does_not_repeat_the_epochs_of_another(root):
+    orders = set()
+    for seed in range(3):
+        order = batches(root, seed=seed).order
+        for order.epoch in range(3):
+            orders.add(tuple(index for batch in order for _, index in batch))
+    assert len(orders) == 9
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_validation_sees_every_image_once(root, world):
     seen = []
@@ -133,6 +188,13 @@ def test_workers_and_a_start_in_mid_epoch_change_nothing(root):
     assert torch.equal(last, plain[1][0])
 
 
+def test_a_start_in_mid_epoch_leaves_out_whole_steps(root):
+    loader = batches(root, accumulate=2)
+    whole, rest = list(loader.epoch(1)), list(loader.epoch(1, first_step=1))
+    assert len(whole) == 4 and len(rest) == 2
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[2:], rest))
+
+
 def test_workers_of_several_processes_are_not_forked_beside_the_threads_of_their_group(root):
     """A fork while a thread of gloo drops a tensor hung, one time in a hundred."""
     loader = batches(root, "val", rank=1, world=2, workers=1)
@@ -152,8 +214,6 @@ def broken_at(loader, path):
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_an_unreadable_image_is_named_and_left_out(root, tmp_path, capsys, monkeypatch, content):
-    import shutil
-
     shutil.copytree(root, tmp_path / "tree")
     whole = (tmp_path / "tree/train/class0/4.jpg").read_bytes()
     for split, path in ("train", "train/class0/4.jpg"), ("val", "val/class1/3.jpg"):
@@ -174,6 +234,14 @@ def test_an_unreadable_image_is_named_and_left_out(root, tmp_path, capsys, monke
         loader.check(1)
     monkeypatch.setattr(module, "UNREADABLE", 0.15)
     loader.check(1)
+
+
+def test_unreadable_images_are_counted_over_all_batches(root, tmp_path):
+    shutil.copytree(root, tmp_path / "tree")
+    for path in "class0/0.jpg", "class1/1.jpg":  # of the first batch and of the second
+        (tmp_path / "tree/val" / path).write_bytes(b"")
+    loader = batches(tmp_path / "tree", "val")
+    assert sum(len(labels) for _, labels in loader.epoch(0)) == 5 and loader.unreadable == 2
 
 
 def test_a_tree_without_a_readable_image_ends(tmp_path, capsys):

@@ -2,6 +2,7 @@ import builtins
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -182,6 +183,23 @@ def test_the_environment_where_git_is_not_installed_or_this_is_no_repository(mon
     monkeypatch.undo()
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 128, "", "fatal"))
     assert environment(CPU, 1)["git"] is None
+
+
+def test_the_commit_is_that_of_the_code_without_its_tags_and_says_what_is_not_in_it(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("git is not here")
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    (tmp_path / "log.py").touch()
+    for command in "init", "add log.py", "commit -m first", "tag -a -m first v1":
+        git(*command.split())
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "log.py"))
+    clean = environment(CPU, 1)["git"]
+    (tmp_path / "log.py").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{40}", clean) and environment(CPU, 1)["git"] == f"{clean}-dirty"
 
 
 def test_a_line_for_people():

@@ -176,6 +176,23 @@ def test_learning_rates_are_set_and_returned(optimizer):
             assert [group["lr"] for group in optimizers["connectors"].param_groups] == [rates["lr_connectors"]]
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_the_students_learning_rate_follows_all_of_its_settings(schedule):
+    student = OptimizerSettings(lr=0.2, schedule=schedule, milestones=[2], gamma=0.5, warmup_epochs=1)
+    expected = {"step": [0.1, 0.2, 0.1, 0.1], "cosine": [0.1, 0.2, 0.15, 0.05]}[schedule]
+    rates = [set_learning_rates({"student": SGD([torch.zeros(1)], 1.0)}, student, ConnectorSettings(), epoch, 4)["lr"]
+             for epoch in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_students_adamw_has_its_settings():
+    student = OptimizerSettings("adamw", lr=0.003, betas=[0.7, 0.8], weight_decay=0.01)
+    [optimizer] = build_optimizers(build("fitnet"), student, ConnectorSettings(weight_decay=0.02)).values()
+    assert type(optimizer) is torch.optim.AdamW
+    assert [(group["lr"], group["betas"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (0.003, (0.7, 0.8), 0.01), (0.003, (0.7, 0.8), 0.02)]
+
+
 @every_distiller
 @every_optimizer
 def test_saved_optimizers_load_as_weights_alone_and_go_on_as_if_never_saved(name, optimizer, tmp_path):

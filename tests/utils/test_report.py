@@ -1,12 +1,14 @@
 """From a list of runs to a table: utils/run_list.py and utils/report.py."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -108,6 +110,7 @@ def test_student_over_teacher():
     logs["kd_plaincnn4"].append([{}, {"epoch": 1, "top1": 32.0}])
     lines = report.curves(section, logs)["teachers"][1][""]["kd"]
     assert lines == [((40.0, 50.0), (31.0, 31.0), "o-"), ((40.0, 40.0), (30.0, 32.0), "-")]  # the mean; worst to best
+    assert report.curves(section, logs)["accuracy"][1][""]["kd_plaincnn4"] == [([1], [30.0], "-")]  # the first seed's
 
 
 def test_cka_and_ratio_have_a_panel_a_stage():
@@ -182,6 +185,19 @@ def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(tea
 def test_runs_may_be_kept_elsewhere(teacher_and_student, tmp_path):
     assert run_list.main(["results/runs.yaml", "--only=students", "--runs=elsewhere"]) == 0
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and not (tmp_path / "runs").exists()
+
+
+def test_every_run_gets_the_overrides_last_and_the_time_that_is_left(teacher_and_student, monkeypatch):
+    fake, commands = run_list.train, []
+    monkeypatch.setattr(run_list, "train", lambda command, folder: (commands.append(command), fake(command, folder))[1])
+    monkeypatch.setattr(run_list, "time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    assert run_list.main(["results/runs.yaml", "--only=students,teachers", "--seconds=100", "seed=3"]) == 0
+    assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]
+    assert [command[-2:] for command in commands] == [["seed=3", f"stop_after={left}"] for left in (90, 80)]
+
+
+def test_the_last_teacher_counts():
+    assert run_list.teacher_file(["teacher.checkpoint=a", "teacher.checkpoint=b", "epochs=1"]) == "b"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -277,6 +293,12 @@ def test_results_of_other_settings_are_not_those_of_the_list(listed, capsys):
         run_list.check_results(listed.parent / "small_second_s0", [*arguments, "distiller.label_smoothing=0.1"], ROOT)
     with pytest.raises(ValueError, match="teacher.checkpoint"):
         run_list.check_results(listed.parent / "small_second_s0", [*arguments, "teacher.checkpoint=runs/c/b.pth"], ROOT)
+
+
+def test_results_of_other_overrides_are_not_those_asked_for(teacher_and_student, tmp_path, capsys):
+    write_run(tmp_path / "results", "teachers_t_s0", [1.0, 70.0])
+    assert run_list.main(["results/runs.yaml", "epochs=3"]) == 2
+    assert "teachers_t_s0 is of another run: epochs is 2 there, 3 was asked for" in capsys.readouterr().err
 
 
 def test_another_readme_is_not_written_over(listed, capsys):

@@ -26,6 +26,7 @@ class Settings:
     name: str = setting("run", "name")
     device: str = setting("cpu", "device")
     optimizer: Optimizer = section(Optimizer)
+    distiller: dict = setting({"name": "ce"}, "distiller")
 
 
 def a_run(seed):
@@ -39,6 +40,7 @@ def a_run(seed):
 
 def test_a_state_comes_back_whole(tmp_path):
     run, other, table = a_run(0), a_run(1), Table(3, "cpu")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
     table.write(0, {"ce": torch.tensor(2.0)}, {"cka": 0.5}, torch.tensor(3), 4)
     save_state(Settings(), run, tmp_path, table, epoch=1, step=1, best=3.0, clock={"seconds": 2.0})
     state = load_state(Settings(), tmp_path, set())
@@ -47,6 +49,7 @@ def test_a_state_comes_back_whole(tmp_path):
     for a, b in zip(run.distiller.parameters(), other.distiller.parameters()):
         momenta = [r.optimizers["student"].state[p]["momentum_buffer"] for r, p in ((run, a), (other, b))]
         assert torch.equal(*momenta)
+    assert other.scaler.get_scale() == 128
     assert [state[key] for key in ("epoch", "step", "best", "clock")] == [1, 1, 3.0, {"seconds": 2.0}]
     assert Table(3, "cpu", state["table"]).means() == table.means()
     assert load_state(Settings(), tmp_path / "nothing", set()) is None
@@ -81,6 +84,14 @@ def test_another_config_is_refused_by_its_key(tmp_path):
         load_state(changed, tmp_path, set())
     with pytest.raises(InputError, match="optimizer.lr: 0.2 now, 0.1 in"):
         load_state(Settings(optimizer=Optimizer(0.2)), tmp_path, set())
+
+
+def test_a_key_that_only_one_of_two_configs_has_is_refused_too(tmp_path):
+    plain, smoothed = Settings(), Settings(distiller={"name": "ce", "label_smoothing": 0.1})
+    for before, now, words in (plain, smoothed, "0.1 now, None in"), (smoothed, plain, "None now, 0.1 in"):
+        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0)
+        with pytest.raises(InputError, match=f"distiller.label_smoothing: {words}"):
+            load_state(now, tmp_path, set())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", None])

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,11 @@ from distillers import DISTILLERS
 from distillers.dpk import Block
 from models import MODELS
 from train_cifar import Settings
-from utils import engine
+from utils import distributed, engine
 from utils.data import Loader, Split, load_data
 from utils.errors import InputError
 from utils.log import Table
+from utils.step import forward_backward
 
 STAGE = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
 ARGUMENTS = {"dpk": {"stages": [STAGE]}, "crd": {"negatives": 64}}
@@ -161,6 +163,125 @@ def test_a_graph_for_cuda_and_one_process_alone():
     assert build_run("kd", graph=True)[1].graph is not None
     assert not build_run("dpk", graph=False)[1].distiller.masked
     assert build_run("dpk", graph=True)[1].distiller.masked
+
+
+def test_a_batch_leaves_scaled_gradients_and_a_row_of_the_table():
+    weight, autocast = torch.ones(3, requires_grad=True), []
+
+    def model(images, targets):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return torch.eye(3)[[0, 1, 2, 2]], {"ce": weight.sum(), "kd": 2 * weight.sum()}
+
+    run = SimpleNamespace(model=model, distiller=model, autocast=engine.build_autocast("bf16", torch.device("cpu")),
+                          scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    table = Table(1, "cpu")
+    forward_backward(run, None, torch.tensor([0, 1, 2, 0]), table, 0, accumulate=4)
+    assert weight.grad.tolist() == [8 * 3 / 4] * 3 and autocast == [True]
+    assert table.means() == {"ce": 3, "kd": 6, "train_top1": 75} and table.images() == 4
+
+
+def test_seeds_epochs_steps_and_ranks_draw_each_their_own_and_a_resumed_run_the_same(monkeypatch):
+    seeds = []
+
+    def draw(run, images, targets, table, row, accumulate):
+        seeds.append(torch.initial_seed())
+        table.write(row, {"ce": 0.0}, {}, 0, len(images))
+
+    monkeypatch.setattr(engine, "forward_backward", draw)
+    cfg, run = build_run("ce", graph=False)
+    for cfg.seed in 0, 1:
+        for run.train_loader.rank in 0, 1:
+            train(cfg, run)
+    assert len(seeds) == len(set(seeds)) == 32
+    train(cfg, run, first_step=2)
+    assert seeds[32:] == seeds[26:28] + seeds[30:32]
+
+
+@pytest.mark.parametrize("accumulate, expected", [(1, [True]), (3, [False, False, True])])
+def test_processes_exchange_gradients_once_a_step_with_its_last_batch(accumulate, expected, monkeypatch):
+    alone, exchanged = [], []
+
+    @contextlib.contextmanager
+    def no_sync():
+        alone.append(True)
+        yield
+        alone.pop()
+
+    def note(run, images, targets, table, row, accumulate):
+        exchanged.append(not alone)
+        table.write(row, {"ce": 0.0}, {}, 0, 1)
+
+    monkeypatch.setattr(engine, "forward_backward", note)
+    cfg, run = build_run("ce", graph=False)
+    run.model, run.accumulate = SimpleNamespace(train=lambda: None, no_sync=no_sync), accumulate
+    run.train_loader.epoch = lambda epoch, first_step: itertools.repeat((None, None))
+    train(cfg, run, epochs=1)
+    assert exchanged == expected * 4
+
+
+def test_connectors_follow_from_the_seed_alone():
+    cfg, run = build_run("fitnet", graph=False)
+
+    def connector(cfg, drawn):
+        torch.manual_seed(drawn)
+        again = engine.assemble(cfg, run.student, run.teacher, run.train_loader, run.test_loader, run.device, 1)
+        return next(again.distiller.regressor.parameters())
+
+    other = Settings(distiller={"name": "fitnet"}, precision="fp32", seed=1)
+    assert connector(cfg, 5).equal(connector(cfg, 6)) and not connector(cfg, 5).equal(connector(other, 5))
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16),
+                                              ("fp32", torch.float32)])
+def test_products_have_the_precision_of_the_settings(precision, dtype):
+    with engine.build_autocast(precision, torch.device("cpu"))():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_fp32_is_not_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    engine.pick_device(Settings(device="cpu"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+class Given(torch.nn.Module):
+    """A network whose images are its logits."""
+
+    def forward(self, logits):
+        self.asked = self.training, torch.is_autocast_enabled("cpu")
+        return logits
+
+
+class Batches:
+    """Batches of four images and of one, six classes, the first the most likely; a file that cannot be read."""
+    device, unreadable = "cpu", 0
+
+    def epoch(self, epoch):
+        self.unreadable += 1
+        for targets in [0, 1, 4, 5], [0]:
+            yield torch.arange(6.0, 0.0, -1.0).expand(len(targets), 6), torch.tensor(targets)
+
+    def check(self, unreadable):
+        pass
+
+
+def test_an_evaluation_is_over_images_in_eval_mode_with_rank_0s_buffers(monkeypatch):
+    model, loader, given = Given(), Batches(), []
+    monkeypatch.setattr(distributed, "broadcast_buffers", given.append)
+    for _ in range(2):
+        assert engine.evaluate(model, loader, engine.build_autocast("bf16", torch.device("cpu"))) == (40, 80)
+        assert model.asked == (False, True) and loader.unreadable == 1
+    assert given == [model, model]
+
+
+@pytest.mark.parametrize("accuracy, refused", [(None, False), (60.0, False), (70.5, False), (70.6, True)])
+def test_a_teacher_may_be_half_a_point_below_its_accuracy(accuracy, refused, monkeypatch):
+    monkeypatch.setattr(engine, "evaluate", lambda model, *rest: (70.0 if model == "teacher" else 0.0, 90.0))
+    cfg, run = Settings(), SimpleNamespace(teacher="teacher", student="student", teacher_file="t.pth", test_loader=None,
+                                           autocast=None)
+    cfg.teacher.accuracy = accuracy
+    with pytest.raises(InputError, match="teacher.accuracy: t.pth") if refused else contextlib.nullcontext():
+        engine.check_teacher(cfg, run, print, None)
 
 
 @pytest.mark.parametrize("graph", [False, True])
