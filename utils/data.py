@@ -97,9 +97,13 @@ def download_cifar(name, root, path):
         source = original(root, train=split == "train", download=True)
         arrays |= {f"{split}_images": source.data, f"{split}_labels": np.array(source.targets, np.int64)}
     partial = path.with_suffix(f".partial{os.getpid()}")  # then renamed: a killed run leaves no half of a .npz
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays, classes=np.array(source.classes))
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays, classes=np.array(source.classes))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # on a disk that is full already
+        raise
 
 
 def check_cifar(arrays, num_classes):

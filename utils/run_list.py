@@ -127,19 +127,25 @@ def teacher_file(arguments):
 
 
 def unfinished(runs, makers, results, root, overrides=()):
-    """Those of `runs` that left no results, each behind the run that makes its teacher, where that file is missing.
+    """Those of `runs` that left no results, each behind the runs that make its teacher, where that file is missing.
 
     makers: {file: (run, arguments)}. Results come with the code, weights do not. Raises ValueError for results of
     another run of that name.
     """
     queue = []
+
+    def add(run, arguments, waiting=()):
+        maker = makers.get(teacher_file(arguments))
+        if maker and not (root / teacher_file(arguments)).exists() and maker[0] not in waiting:
+            add(*maker, (*waiting, run))
+        if (run, arguments) not in queue:
+            queue.append((run, arguments))
+
     for run, arguments in runs:
         if finished(results / run):
             check_results(results / run, [*arguments, *overrides], root)
         else:
-            maker = makers.get(teacher_file(arguments))
-            missing = maker and not (root / teacher_file(arguments)).exists()
-            queue += [entry for entry in ([maker] if missing else []) + [(run, arguments)] if entry not in queue]
+            add(run, arguments)
     return queue
 
 

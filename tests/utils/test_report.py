@@ -182,6 +182,19 @@ def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(tea
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]  # and not once more
 
 
+def test_a_teachers_teacher_is_trained_again_too(teacher_and_student, tmp_path):
+    runs = {"a": "t.yaml", "b": "t.yaml teacher.checkpoint=runs/x_a_s0/student.pth",
+            "c": "t.yaml teacher.checkpoint=runs/x_b_s0/student.pth",
+            "d": "t.yaml teacher.checkpoint=runs/x_d_s0/student.pth"}  # its own, which nobody can make
+    (tmp_path / "results/runs.yaml").write_text(yaml.safe_dump({"x": {"title": "T", "runs": runs}}))
+    for name, teacher in ("x_a_s0", ""), ("x_b_s0", "runs/x_a_s0/student.pth"):
+        write_run(tmp_path / "results", name, [1.0, 2.0])
+        (tmp_path / "results" / name / "config.yaml").write_text(yaml.safe_dump(
+            {"epochs": 2, "teacher": {"checkpoint": teacher}, "distiller": {"name": "ce"}}))
+    assert run_list.main(["results/runs.yaml"]) == 0
+    assert teacher_and_student == ["x_a_s0", "x_b_s0", "x_c_s0"]
+
+
 def test_runs_may_be_kept_elsewhere(teacher_and_student, tmp_path):
     assert run_list.main(["results/runs.yaml", "--only=students", "--runs=elsewhere"]) == 0
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and not (tmp_path / "runs").exists()
