@@ -691,8 +691,8 @@ def test_a_network_is_built_with_its_number_of_classes(config, monkeypatch):
 
 
 def test_numbers_without_a_dot_are_numbers(config, tmp_path):
-    path = Path(config("ce", epochs=1))
-    path.write_text(path.read_text() + "optimizer: {lr: 5e-2, weight_decay: 5e-4}\n")
+    path = Path(config("ce", epochs=1, optimizer={}))
+    path.write_text(path.read_text().replace("optimizer: {}", "optimizer: {lr: 5e-2, weight_decay: 5e-4}"))
     assert train_cifar.read_settings(path, ["optimizer.gamma=1e-1"]).optimizer == \
         train_cifar.OptimizerSettings(lr=0.05, weight_decay=0.0005, gamma=0.1)
 

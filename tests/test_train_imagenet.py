@@ -77,7 +77,7 @@ def config(tmp_path, tree, teacher):
             "distiller": DISTILLERS[method],
             "epochs": 2, "batch_size": 16, "log_every": 2, "save_every": 2, "precision": "fp32", "device": "cpu",
             "optimizer": {"lr": 0.01, "milestones": []},
-            "connectors": {"optimizer": "adamw" if method == "dpk" else "student", "warmup_epochs": 1},
+            "connectors": {"optimizer": "adamw" if method == "dpk" else "student", "warmup_epochs": 0},
         } | changes
         (tmp_path / name).write_text(yaml.safe_dump(settings))
         return str(tmp_path / name)
