@@ -12,7 +12,7 @@ from distillers import DISTILLERS, dpk, fitnet, ickd
 from models import MODELS
 from train_cifar import Settings, read_settings
 from utils.config import build, check_arguments, describe, flatten, load_config, section, setting, yaml_text, yaml_value
-from utils.engine import build_distiller
+from utils.engine import build_distiller, warn_of_settings
 from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,9 +342,11 @@ def test_there_is_a_file_for_every_distiller():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_yaml_file_builds_and_says_what_it_is(path, read, network, map_shapes):
+def test_every_yaml_file_builds_and_says_what_it_is(path, read, network, map_shapes, capsys):
     text, cfg = path.read_text(), read(path)
     assert re.findall(r"train_cifar\.py --cfg (\S+)", text) == [f"yaml/{path.name}"]
+    warn_of_settings(cfg)
+    assert not capsys.readouterr().err
     assert cfg.name == path.stem and "name" not in re.findall(r"^\w+", text, re.M)
     if not path.stem.startswith("quickstart"):
         assert path.stem.split("_")[0] == cfg.distiller["name"]
