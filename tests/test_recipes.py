@@ -67,6 +67,8 @@ ON_IMAGENET = {  # mdistiller's, or the authors' own; FitNet's is CIFAR's, none 
     "dkd": {"r34_r18": {"alpha": 1, "beta": 0.5, "temperature": 1, "warmup_epochs": 1},
             "r50_mobilenetv1": {"alpha": 1, "beta": 2, "temperature": 1, "warmup_epochs": 1}},
     "dist": {"inter_weight": 2, "intra_weight": 2, "temperature": 1},
+    "ofd": {"ofd_weight": 0.0001},
+    "mlkd": {"ce_weight": 1, "kd_weight": 0.5, "temperatures": [1, 2, 3, 5, 6]},
     "dpk": {"ce_weight": 0.8, "kd_weight": 0.8, "temperature": 1, "feature_weight": 0.2, "min_ratio": 0.1,
             "fallback_ratio": 0.8, "min_tokens": 4},
 }
@@ -156,7 +158,7 @@ def test_the_file_for_imagenet_has_its_own(path):
         return
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.nesterov) == ("sgd", 0.1, 0.9, False)
     assert (optimizer.weight_decay, optimizer.milestones, optimizer.gamma) == (1e-4, [30, 60, 90], 0.1)
-    if name in ("fitnet", "crd", "reviewkd", "ickd"):
+    if name in ("fitnet", "crd", "reviewkd", "ickd", "ofd"):
         assert (connectors.optimizer, connectors.weight_decay) == ("student", 1e-4)
 
 
