@@ -55,7 +55,7 @@ def load_state(cfg, folder, ignored):
         return None
     try:
         state = checkpoint.load(path, "name")
-        theirs, ours = flatten(with_all_defaults(state["config"])), flatten(dataclasses.asdict(cfg))
+        theirs, ours = (flatten(with_all_defaults(config)) for config in (state["config"], dataclasses.asdict(cfg)))
     except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "
                          "away, or give another name=...") from None

@@ -87,11 +87,18 @@ def test_another_config_is_refused_by_its_key(tmp_path):
 
 
 def test_a_key_that_only_one_of_two_configs_has_is_refused_too(tmp_path):
-    plain, smoothed = Settings(), Settings(distiller={"name": "ce", "label_smoothing": 0.1})
+    plain, smoothed = (Settings(distiller={"name": "mine"} | more) for more in ({}, {"label_smoothing": 0.1}))
     for before, now, words in (plain, smoothed, "0.1 now, None in"), (smoothed, plain, "None now, 0.1 in"):
         save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0)
         with pytest.raises(InputError, match=f"distiller.label_smoothing: {words}"):
             load_state(now, tmp_path, set())
+
+
+def test_a_default_of_the_distiller_is_the_same_said_or_not(tmp_path):
+    for before, now in ({}, {"label_smoothing": 0.0}), ({"label_smoothing": 0.0}, {}):
+        before, now = (Settings(distiller={"name": "ce"} | more) for more in (before, now))
+        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0)
+        assert load_state(now, tmp_path, set())["epoch"] == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", None])
