@@ -229,11 +229,11 @@ def evaluate_file(cfg, path):
         return
     device = engine.pick_device(cfg)
     data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
-    reasons = []
+    content, reasons = checkpoint.load(path, "--eval"), []
     for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):
         model = build_network(name, len(data.classes), cfg, device)
         try:
-            checkpoint.load_network(model, path, name, "--eval")
+            checkpoint.fill_network(model, content, path, name, "--eval")
         except InputError as error:
             reasons.append(error)
             continue
@@ -241,7 +241,7 @@ def evaluate_file(cfg, path):
         top1, top5 = engine.evaluate(model, loader, engine.build_autocast("fp32", device))
         print(f"{path}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {len(data.test.labels)} images, float32")
         return
-    raise InputError("--eval", "; ".join(dict.fromkeys(error.message for error in reasons)))
+    raise InputError("--eval", "; ".join(error.message for error in reasons))
 
 
 def main(argv=None):

@@ -38,7 +38,7 @@ def lock(path):
 
 def with_all_defaults(settings):
     """Settings as saved; an old file lacks what its distiller had by default."""
-    return settings | {key: with_defaults(settings[key]) for key in settings if key == "distiller"}
+    return settings | {"distiller": with_defaults(settings.get("distiller", {}))}
 
 
 def load_state(cfg, folder, ignored):
