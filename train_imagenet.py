@@ -31,9 +31,10 @@ class DataSettings:
     name: str = setting("folder", "data set; fake: noise, for dry runs", choices=["folder", "fake"])
     root: str = setting("data/imagenet", "folder of train/<class>/ and val/<class>/")
     size: int = setting(224, "side of the images in pixels", low=32)
-    randaugment: int = setting(0, "magnitude of RandAugment, up to 30 (timm's m9 is 27); 0: crop and flip", low=0)
+    randaugment: int = setting(0, "magnitude of RandAugment, up to 30 (timm's m9 is 27); 0: crop and flip", low=0,
+                               high=30)
     color_jitter: float = setting(0.0, "of brightness, contrast and saturation", low=0)
-    random_erasing: float = setting(0.0, "probability", low=0)
+    random_erasing: float = setting(0.0, "probability", low=0, high=1)
     samples: int = setting(5000, "fake: training images, and a fifth of it to report on", low=5)
     workers: int = setting(8, "processes that read images, for each GPU", low=0)
 
@@ -101,9 +102,6 @@ def read_settings(path, overrides=()):
     if cfg.distiller["name"] != "ce" and not (cfg.teacher.name and cfg.teacher.weights):
         raise InputError("teacher", f"{cfg.distiller['name']} needs teacher.name and teacher.weights; networks: "
                          f"{', '.join(IMAGENET_MODELS)}")
-    for key, value, most in (("randaugment", cfg.data.randaugment, 30), ("random_erasing", cfg.data.random_erasing, 1)):
-        if value > most:
-            raise InputError(f"data.{key}", f"{value} is not valid; valid: at most {most}")
     return cfg
 
 

@@ -35,9 +35,11 @@ for resolver in NumberLoader, NumberDumper:
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def setting(default, help, *, choices=None, low=None, above=None):
-    """A dataclass field with its meaning and its valid values: one of `choices`, at least `low`, more than `above`."""
-    metadata = {"help": help, "choices": choices, "low": low, "above": above}
+def setting(default, help, *, choices=None, low=None, above=None, high=None):
+    """A dataclass field with its meaning and its valid values: one of `choices`, at least `low` or more than `above`,
+    at most `high`.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -96,7 +98,7 @@ def build(cls, values, prefix=""):
                 raise InputError(key, f"{value!r} is not a section; valid keys: {', '.join(_names(field.type))}")
             checked[name] = build(field.type, value, f"{key}.")
         else:
-            limits = {limit: field.metadata[limit] for limit in ("choices", "low", "above")}
+            limits = {limit: field.metadata[limit] for limit in ("choices", "low", "above", "high")}
             checked[name] = check_value(key, value, field.type, **limits)
     return cls(**checked)
 
@@ -118,7 +120,7 @@ def unknown_key(key, name, valid):
     return InputError(key, f"unknown key; {hint}")
 
 
-def check_value(key, value, annotation, choices=None, low=None, above=None):
+def check_value(key, value, annotation, choices=None, low=None, above=None, high=None):
     """`value` where it is of the type `annotation` and within its bounds (an int does for a float)."""
     if value is None and annotation is str:  # `key=` on the command line, `key:` in a file
         value = ""
@@ -131,9 +133,11 @@ def check_value(key, value, annotation, choices=None, low=None, above=None):
     if choices and value not in choices:
         raise InputError(key, f"{value!r} is not valid; valid: {', '.join(map(yaml_value, choices))}")
     for number in value if isinstance(value, list) else [value]:
-        if low is not None and number < low or above is not None and not number > above:
-            bound = f"at least {low}" if low is not None else f"more than {above}"
-            raise InputError(key, f"{value!r} is not valid; valid: {bound}")
+        for bound, broken in ((f"at least {low}", low is not None and number < low),
+                              (f"more than {above}", above is not None and number <= above),
+                              (f"at most {high}", high is not None and number > high)):
+            if broken:
+                raise InputError(key, f"{value!r} is not valid; valid: {bound}")
     return value
 
 

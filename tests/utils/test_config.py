@@ -37,7 +37,7 @@ class Branch:
 @dataclass
 class Tree:
     name: str = setting("", "a name")
-    count: int = setting(3, "a count", low=1)
+    count: int = setting(3, "a count", low=1, high=99)
     branch: Branch = section(Branch)
     table: dict = setting({"name": "ce"}, "a table")
 
@@ -88,6 +88,7 @@ def test_what_is_not_set_has_its_default_which_no_two_configs_share(tmp_path):
     ("count: '3'", ["'3'", "int"]),
     ("count: null", ["None", "int"]),
     ("count: 0", ["0 ", "at least 1"]),
+    ("count: 100", ["100 ", "at most 99"]),
     ("name: 3", ["3", "str"]),
     ("name: 1e3", ["1000.0", "str"]),
     ("name: [a]", ["['a']", "str"]),
@@ -130,9 +131,10 @@ def test_a_value_of_the_wrong_type_or_out_of_bounds_is_named_with_what_is_valid(
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize("setting", ["count=1", "branch.leaf.rate=1e-300", "branch.leaf.steps=[]", "branch.leaf.goal=",
-                                     "branch.leaf.goal=null", "branch.leaf.goal=79", "branch.leaf.steps=[0]",
-                                     "branch.leaf.kind=cosine", "branch.flag=true", "name=", "table={a: [1, {b: 2}]}"])
+@pytest.mark.parametrize("setting", ["count=1", "count=99", "branch.leaf.rate=1e-300", "branch.leaf.steps=[]",
+                                     "branch.leaf.goal=", "branch.leaf.goal=null", "branch.leaf.goal=79",
+                                     "branch.leaf.steps=[0]", "branch.leaf.kind=cosine", "branch.flag=true", "name=",
+                                     "table={a: [1, {b: 2}]}"])
 def test_values_at_the_edge_of_what_is_valid(tmp_path, setting):
     load(tmp_path, "{}", setting)
 
