@@ -10,6 +10,7 @@ stands beside it. The most accurate teacher comes first; of those that the test 
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -40,11 +41,12 @@ def identify(path, num_classes):
     def shapes(tensors):
         return {key: tuple(t.shape) for key, t in tensors.items() if not key.endswith("num_batches_tracked")}
 
+    found = shapes(checkpoint.network_weights(content))
     for name, network in MODELS.items():
         with torch.device("meta"):
-            if shapes(network(num_classes=num_classes).state_dict()) == shapes(checkpoint.network_weights(content)):
+            if shapes(network(num_classes=num_classes).state_dict()) == found:
                 return name, content
-    raise InputError("CHECKPOINT", f"{path} is of no network of {num_classes} classes; valid: {', '.join(MODELS)}")
+    raise InputError("CHECKPOINT", f"{path} fits no network with {num_classes} classes; valid: {', '.join(MODELS)}")
 
 
 def stage_pairs(student_maps, teacher_maps):
@@ -73,18 +75,18 @@ def measure_cka(student, teacher, loader, autocast, batches=4):
 
 
 @torch.no_grad()
-def forward_speed(model, loader, autocast, repeats=7):
-    """Images a second of the forward pass, batches of the loader's size: the median."""
+def forward_speed(model, loader, autocast):
+    """Images a second of the forward pass, batches of the loader's size: the median of seven, after two."""
     images, _ = loader.batch(0, 0)
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(9):
         start = time.perf_counter()
         with autocast():
             model(images)
         if images.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return len(images) / sorted(times[2:])[repeats // 2]
+    return len(images) / statistics.median(times[2:])
 
 
 def probe(cfg, student, teacher, loader, device, autocast, steps):
@@ -207,11 +209,13 @@ def main(argv=None):
         for override in overrides:
             if override.partition("=")[0].partition(".")[0] not in USED:
                 raise InputError(override, f"has no effect here; valid: {', '.join(USED)}")
-        if not paths or args.steps < 0:
-            raise InputError("CHECKPOINT" if not paths else "--steps", "none was given" if not paths else "is negative")
+        if not paths:
+            raise InputError("CHECKPOINT", "none was given")
+        if args.steps < 0:
+            raise InputError("--steps", f"{args.steps} is negative")
         for key, file in ("--out", args.out), ("--figure", args.figure):
             if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-                raise InputError(key, f"{file}: not a file in a folder that is there")
+                raise InputError(key, f"{file} is a folder, or its folder does not exist")
         if args.figure and Path(args.figure).suffix.lower() not in FORMATS:
             raise InputError("--figure", f"{args.figure}: valid: {', '.join(FORMATS)}")
         device = engine.pick_device(cfg)

@@ -77,7 +77,7 @@ class Settings:
     baseline: str = setting("", "YAML file of a run to set beside this one at the end, trained if need be")
 
 
-# Two runs that differ in these alone are the same run.
+# Settings in which a run may differ when it goes on.
 NOT_PART_OF_A_RUN = {"runs", "device", "stop_after", "log_every", "save_every", "tensorboard", "baseline", "data.root",
                      "compile", "cuda_graph", "teacher.cfg", "teacher.train", "teacher.accuracy"}
 
@@ -107,7 +107,7 @@ def build_network(name, num_classes, cfg, device):
 def check_student(name, cfg):
     """Raise InputError where the settings do not train the network `name`."""
     if cfg.student.name != name:
-        raise InputError("student.name", f"{cfg.student.name} there, and teacher.name is {name} here")
+        raise InputError("student.name", f"it trains {cfg.student.name}, but teacher.name is {name}")
 
 
 def check_teacher_file(cfg):
@@ -125,7 +125,7 @@ def check_teacher_file(cfg):
         raise InputError("teacher.checkpoint", f"{path} is missing; {how}")
     if not cfg.teacher.cfg:
         raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
-    companion(cfg, cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
+    companion(cfg, "teacher.cfg", cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
 
 
 def load_teacher(cfg, num_classes, device):
@@ -133,7 +133,7 @@ def load_teacher(cfg, num_classes, device):
     check_teacher_file(cfg)
     path = Path(cfg.teacher.checkpoint)
     if not path.exists():
-        other = companion(cfg, cfg.teacher.cfg, train)
+        other = companion(cfg, "teacher.cfg", cfg.teacher.cfg, train)
         trained = Path(other.runs, other.name, "student.pth")
         if distributed.is_main() and trained != path:
             checkpoint.write(path, trained.read_bytes())
@@ -157,17 +157,20 @@ def warn_of_data(cfg, path, content):
               "is better on them than on the test set", file=sys.stderr)
 
 
-def companion(cfg, path, action):
-    """Settings of another YAML file for this run's data and device, in its precision, after action(settings)."""
+def companion(cfg, key, path, action):
+    """Read another YAML file, with this run's data, device and precision; call action(settings), and return them.
+
+    Raises InputError on `key`.
+    """
     try:
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
                                     device=cfg.device, precision=cfg.precision, compile=cfg.compile,
                                     cuda_graph=cfg.cuda_graph, stop_after=cfg.stop_after)
         if other.name == cfg.name:
-            raise InputError("name", f"{other.name}, which is this run's as well")
+            raise InputError("name", f"{other.name} is also the name of this run; give this run another name=...")
         action(other)
     except InputError as error:
-        raise InputError("teacher.cfg" if path == cfg.teacher.cfg else "baseline", f"{path}: {error}") from None
+        raise InputError(key, f"{path}: {error}") from None
     return other
 
 
@@ -205,13 +208,13 @@ def check_baseline(cfg, other):
     """Raise InputError where the baseline's folder holds another run, or its teacher will be missing."""
     folder = Path(other.runs, other.name)
     load_state(other, folder, NOT_PART_OF_A_RUN)
-    if not (folder / "student.pth").exists() and other.teacher.checkpoint != cfg.teacher.checkpoint:  # ours will be
-        check_teacher_file(other)
+    if not (folder / "student.pth").exists() and other.teacher.checkpoint != cfg.teacher.checkpoint:
+        check_teacher_file(other)  # ours will be there by then
 
 
 def compare(cfg, last):
     """Train the baseline (or find it finished) and print both, top-1 of the last epoch."""
-    other = companion(cfg, cfg.baseline, train)
+    other = companion(cfg, "baseline", cfg.baseline, train)
     if distributed.is_main():
         alone = read_log(Path(other.runs, other.name, "log.jsonl"))[-1]
         for name, entry in (other.name, alone), (cfg.name, last):
@@ -257,7 +260,7 @@ def main(argv=None):
         if args.eval:
             return evaluate_file(cfg, args.eval)
         if cfg.baseline:  # what is wrong with its settings or its folder is said before anything is trained
-            companion(cfg, cfg.baseline, functools.partial(check_baseline, cfg))
+            companion(cfg, "baseline", cfg.baseline, functools.partial(check_baseline, cfg))
         last = train(cfg)
         if cfg.baseline:
             compare(cfg, last)

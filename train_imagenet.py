@@ -86,7 +86,7 @@ class Settings:
     tensorboard: bool = setting(False, "write TensorBoard files too, where it is installed")
 
 
-# Two runs that differ in these alone are the same run.
+# Settings in which a run may differ when it goes on.
 NOT_PART_OF_A_RUN = {"runs", "device", "timeout", "stop_after", "log_every", "save_every", "tensorboard", "data.root",
                      "data.workers", "compile", "teacher.accuracy"}
 
@@ -118,7 +118,7 @@ def build_network(name, weights, num_classes, cfg, device, key):
                              f"{torch.hub.get_dir()}/checkpoints, or name a file") from None
         checkpoint.fill_network(model, content, weights, name, key)
     elif Path(weights).is_file():
-        checkpoint.load_network(model, weights, name, key)
+        checkpoint.fill_network(model, checkpoint.load(weights, key), weights, name, key)
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
                          f"{', '.join(published + ['a file'])}")
@@ -131,9 +131,9 @@ def build_network(name, weights, num_classes, cfg, device, key):
     return model.train()
 
 
-def load_images(cfg, split, *, train):
-    """The images of a split."""
-    data = cfg.data
+def load_images(cfg, split):
+    """The images of a split, "train" or "val"."""
+    data, train = cfg.data, split == "train"
     if data.name == "fake":
         source = Fake(split, data.samples if train else data.samples // 5, data.size)
     else:
@@ -144,7 +144,7 @@ def load_images(cfg, split, *, train):
 
 def set_up(cfg, rank, world, device):
     """All that a run works with, from its settings alone."""
-    train, val = load_images(cfg, "train", train=True), load_images(cfg, "val", train=False)
+    train, val = load_images(cfg, "train"), load_images(cfg, "val")
     if train.source.classes != val.source.classes:
         odd = ", ".join(sorted(set(train.source.classes) ^ set(val.source.classes))[:5])
         raise InputError("data.root", f"{cfg.data.root}: train and val do not hold the same class folders: {odd}")
@@ -153,9 +153,9 @@ def set_up(cfg, rank, world, device):
     train_loader = ImageLoader(train, cfg.batch_size, train=True, seed=cfg.seed, accumulate=cfg.accumulate, **common)
     test_loader = ImageLoader(val, train_loader.order.batch, train=False, **common)
     torch.manual_seed(cfg.seed % 2**63)
-    classes, networks = len(train.source.classes), {"student": cfg.student, "teacher": cfg.teacher}
-    if cfg.distiller["name"] == "ce":
-        del networks["teacher"]
+    classes, networks = len(train.source.classes), {"student": cfg.student}
+    if cfg.distiller["name"] != "ce":
+        networks["teacher"] = cfg.teacher
     with distributed.one_of_each_node_first():  # it downloads, if need be
         built = {role: build_network(of.name, of.weights, classes, cfg, device, f"{role}.weights")
                  for role, of in networks.items()}
@@ -171,7 +171,7 @@ def evaluate_file(cfg, weights):
     if not distributed.is_main():  # one process is enough
         return
     device = engine.pick_device(cfg)
-    images, reasons = load_images(cfg, "val", train=False), []
+    images, reasons = load_images(cfg, "val"), []
     for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):
         try:
             model = build_network(name, weights, len(images.source.classes), cfg, device, "--eval")

@@ -6,9 +6,9 @@ from torch import nn
 
 
 def attention_map(feature_map):
-    """Where the network looks, the sum of squares over the channels (section 3.1), each row of length 1, in float32.
+    """Where the network looks: squares averaged over the channels, each row of length 1, (B, C, H, W) -> (B, H·W).
 
-    (B, C, H, W) -> (B, H·W).
+    Section 3.1 has their sum, the same once it is normalised. In float32.
     """
     return F.normalize(feature_map.float().square().mean(1).flatten(1))
 

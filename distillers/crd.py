@@ -124,7 +124,8 @@ class CRD(nn.Module):
         if min(dim, negatives, num_samples) < 1:
             raise ValueError(f"dim, negatives, num_samples: {dim}, {negatives}, {num_samples}: one is below 1")
         if temperature <= 0 or not 0 <= momentum < 1:
-            raise ValueError(f"temperature, momentum: {temperature}, {momentum}: not positive, or not in 0 to 1")
+            raise ValueError(f"temperature, momentum: {temperature}, {momentum}: temperature must be positive, "
+                             "momentum at least 0 and below 1")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing

@@ -5,6 +5,7 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
+import difflib
 import warnings
 
 import torch
@@ -134,9 +135,9 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D / heads) each
         if q.device.type == "cpu" and q.dtype != torch.float32:
-            # the same by its definition: with so few dimensions a head, PyTorch's fused kernel for CPUs takes twice as
-            # long or more in half precision (the test of this line has its tolerance)
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            # written out: with so few dimensions a head, PyTorch's fused kernel for CPUs takes twice as long or more in
+            # half precision
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             x = scores.softmax(-1).to(v.dtype) @ v
         else:
@@ -162,8 +163,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Embed a map, add positions, keep the tokens at `positions`, and encode these alone.
 
-    forward(map (B, C, H, W), positions (B, n)) -> (B, n, dim). Or positions as a mask, bool (B, N): the same for the
-    tokens where it is True, at their places in (B, N, dim), and what is at the others is to be thrown away.
+    forward(map (B, C, H, W), positions (B, n)) -> (B, n, dim). positions may also be a mask, bool (B, N): the result is
+    then (B, N, dim), valid where the mask is True and to be ignored elsewhere.
     """
 
     def __init__(self, channels, patch, dim, depth, heads):
@@ -209,7 +210,8 @@ class DPKStage(nn.Module):
         super().__init__()
         for name, sizes in ("encoder", encoder), ("decoder", decoder):
             if [type(size) for size in sizes] != [int] * 3 or min(sizes) < 1 or sizes[0] % sizes[2]:
-                raise ValueError(f"{name}: {list(sizes)} is not [dim, depth, heads], whole, and heads divides dim")
+                raise ValueError(f"{name}: {list(sizes)} must be [dim, depth, heads]: positive integers, "
+                                 "dim a multiple of heads")
         for name, share in ("ratio", ratio), ("min_ratio", min_ratio), ("fallback_ratio", fallback_ratio):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name}: {share} is not between 0 and 1")
@@ -317,7 +319,7 @@ def check_stage(stage):
         raise ValueError(f"stages: {stage!r} is not a mapping of {', '.join(STAGE)}")
     for key, value in stage.items():
         if key not in STAGE:
-            nearest = min(STAGE, key=lambda name: len(set(name) ^ set(str(key))))  # by the letters that differ
+            nearest = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
             raise ValueError(f"stages: unknown key {key!r}; nearest: {nearest}; valid: {', '.join(STAGE)}")
         if key == "weight":
             valid = type(value) in (int, float) and 0 <= value < torch.inf
@@ -341,8 +343,8 @@ class DPK(nn.Module):
     masked: see DPKStage; train_cifar.py sets it where it runs a step as one CUDA graph.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
     weighted; `metrics` then holds CKA and π of each stage, as floats, or where `masked` as tensors.
-    Raises ValueError for a temperature that is not positive, a label_smoothing outside 0 to 1, an unknown ratio or key
-    of a stage, a stage that a network lacks, a patch that does not divide its map, and what DPKStage refuses.
+    Raises ValueError, which names the argument, for a value out of range, an unknown ratio or key of a stage, and
+    stages that do not fit the networks.
     """
 
     def __init__(self, student, teacher, *, stages: list | None = None, ce_weight: float = 1.0, kd_weight: float = 1.0,

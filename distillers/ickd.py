@@ -55,8 +55,7 @@ class ICKD(nn.Module):
     The projector (convolution without bias, BatchNorm) takes the student's map to the teacher's channels; the
     teacher's map is not projected. projector_kernel: 1 on CIFAR, 3 on ImageNet. "Without KL" is kd_weight = 0.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "icc": scalars}), weighted; no "kd" where
-    its weight is 0.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "icc", "kd": scalars}), weighted.
     Raises ValueError for a temperature that is not positive, a negative weight, an even kernel, a label_smoothing
     outside 0 to 1.
     """
@@ -95,10 +94,8 @@ class ICKD(nn.Module):
             teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         projected = self.projector(features["maps"][-1])
-        losses = {
+        return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "icc": self.icc_weight * icc_loss(projected, teacher_features["maps"][-1]),
+            "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
         }
-        if self.kd_weight:
-            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
-        return logits, losses

@@ -30,10 +30,11 @@ def share_below_median(values):
 class MLKD(nn.Module):
     """ce_weight · CE + kd_weight · Σ over the temperatures of (KL + batch + class).
 
-    The authors' code masks the half of the images, or classes, in which the teacher is the most confident, but after
-    the mean, so that the mask is a factor of about a half; the published figures have it, and so has this. They also
-    had a second, strongly augmented view of each image with CE and an unmasked KL of its own, and up to 480 epochs at
-    other learning rates; here the one view that every method gets takes both parts, hence a ce_weight of twice 0.1.
+    The authors' code means to leave out the half of the images, or classes, of which the teacher is most sure, but
+    applies the mask after the mean, where it only scales the loss by about a half. The published figures were obtained
+    in this way, so we do the same. They also had a second, strongly augmented view of each image with CE and an
+    unmasked KL of its own, and up to 480 epochs at other learning rates; here the one view that every method gets takes
+    both parts, hence a ce_weight of twice 0.1.
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "batch", "class": scalars}), weighted.
     Raises ValueError for no temperature or one that is not positive, a negative weight, a label_smoothing outside 0

@@ -63,9 +63,9 @@ class OFD(nn.Module):
     """ce_weight · CE + ofd_weight · Σ partial L2 / 2^(n − i) over the stages i = 1 … n, the last ones with each other.
 
     The student's pre-activations go through a 1×1 convolution and BatchNorm each, the teacher's are pooled to their
-    size. The margins are read off the teacher's BatchNorms, 0 where there is none. The teacher stays in eval mode;
-    the authors' was in train mode, where BatchNorm takes the batch's statistics (by their account the better of the
-    two), and so is mdistiller's. ofd_weight: the authors' for CIFAR; theirs for ImageNet is 0.0001.
+    size. The margins are read off the teacher's BatchNorms, 0 where there is none. The teacher stays in eval mode.
+    The authors and mdistiller keep it in train mode, where BatchNorm uses the batch's statistics; the authors found
+    that better. ofd_weight: the authors' for CIFAR; theirs for ImageNet is 0.0001.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.

@@ -52,7 +52,7 @@ class VID(nn.Module):
     init_variance: of q, at the start. label_smoothing: of CE. image_size: side in pixels of the image on which the
     channels of the maps are read.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "vid": scalar}), weighted.
-    Raises ValueError for a negative weight, a variance that is not positive, a label_smoothing outside 0 to 1.
+    Raises ValueError for a negative weight, an init_variance of 0.0001 or less, a label_smoothing outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, vid_weight: float = 1.0,

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def channel_shuffle(x, groups=2):
-    """(B, g · c, H, W) -> the same, the channels read as (c, g) where they were (g, c)."""
+def channel_shuffle(x):
+    """(B, 2c, H, W) -> the same, the channels of both halves in turn."""
     B, C, H, W = x.shape
-    return x.reshape(B, groups, C // groups, H, W).transpose(1, 2).reshape(B, C, H, W)
+    return x.reshape(B, 2, C // 2, H, W).transpose(1, 2).reshape(B, C, H, W)
 
 
 class BasicBlock(nn.Module):

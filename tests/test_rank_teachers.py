@@ -46,7 +46,7 @@ def test_the_most_accurate_first_and_the_faster_of_those_that_cannot_be_told_apa
 def test_a_file_says_of_which_network_it_is(name, tmp_path):
     checkpoint.save(tmp_path / "a.pth", {"model": MODELS[name](num_classes=7).state_dict()})
     assert rank_teachers.identify(tmp_path / "a.pth", 7)[0] == name
-    with pytest.raises(ValueError, match="of no network of 8 classes"):
+    with pytest.raises(ValueError, match="fits no network with 8 classes"):
         rank_teachers.identify(tmp_path / "a.pth", 8)
 
 

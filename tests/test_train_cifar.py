@@ -526,7 +526,7 @@ def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_nam
     error = refused(capsys, path, "name=fewer", "data.samples=200")
     assert "baseline" in error and "alone.yaml" in error and "data.samples" in error
     error = refused(capsys, path, "name=alone")
-    assert "baseline" in error and "name: alone, which is this run's as well" in error
+    assert "baseline" in error and "name: alone is also the name of this run" in error
     (tmp_path / "runs/alone/latest.pth").unlink()
     assert "no latest.pth to go on from" in refused(capsys, path, "name=fewer")
     assert not (tmp_path / "runs/fewer").exists()
@@ -657,10 +657,10 @@ def test_settings_of_a_longer_run_are_said_to_be(config, capsys):
     assert train_cifar.main(["--cfg", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
         "optimizer.milestones: none of [150, 180] is before the end of 1 epochs",
-        "connectors.warmup_epochs: 20 do not end in 1 epochs"]
+        "connectors.warmup_epochs: 20 epochs of warm-up do not end within the run's 1"]
     path = config("dkd", name="dkd.yaml", epochs=1)
     assert train_cifar.main(["--cfg", path, "name=second"]) == 0
-    assert capsys.readouterr().err == "distiller.warmup_epochs: 20 do not end in 1 epochs\n"
+    assert capsys.readouterr().err == "distiller.warmup_epochs: 20 epochs of warm-up do not end within the run's 1\n"
     path = config("dpk", name="sgd.yaml", epochs=1, connectors={"warmup_epochs": 20})
     assert train_cifar.main(["--cfg", path, "name=third"]) == 0
     assert capsys.readouterr().err.startswith("connectors.optimizer: DPK's transformers are in the student's")
@@ -713,7 +713,7 @@ def test_a_teacher_is_not_trained_by_the_file_of_another_network(config, tmp_pat
     other = config("ce", name="other.yaml", epochs=1, student={"name": "plaincnn2"}, teacher={})
     path = config("kd", teacher={"name": "plaincnn4", "checkpoint": str(tmp_path / "no.pth"), "cfg": other})
     error = refused(capsys, path, "teacher.train=true")
-    assert "teacher.cfg" in error and "student.name: plaincnn2 there, and teacher.name is plaincnn4 here" in error
+    assert "teacher.cfg" in error and "student.name: it trains plaincnn2, but teacher.name is plaincnn4" in error
     assert not (tmp_path / "no.pth").exists() and not (tmp_path / "runs/other").exists()
     error = refused(capsys, path)
     assert "no.pth is missing" in error and "train it" not in error and "teacher.cfg=FILE" in error
@@ -789,7 +789,8 @@ def test_help_shows_every_setting(capsys):
 
 def test_the_shipped_teacher_fits_its_yaml():
     cfg = train_cifar.read_settings(ROOT / "yaml/kd_res56_res20.yaml")
-    model = checkpoint.load_network(MODELS["resnet56"](), ROOT / cfg.teacher.checkpoint, "resnet56", "test")
+    path = ROOT / cfg.teacher.checkpoint
+    model = checkpoint.fill_network(MODELS["resnet56"](), checkpoint.load(path, "test"), path, "resnet56", "test")
     assert checkpoint.load(ROOT / cfg.teacher.checkpoint, "test")["accuracy"] == cfg.teacher.accuracy
     assert all(value.dtype == torch.float32 for value in model.parameters())
 

@@ -65,7 +65,7 @@ def load(path, key):
     except FileNotFoundError:
         raise InputError(key, f"{path} is missing") from None
     except pickle.UnpicklingError as error:
-        # After torch's advice to load the file unsafely.
+        # The reason follows torch's advice to load the file unsafely.
         reason = re.split(r"WeightsUnpickler error:|\n\n", str(error), maxsplit=1)[-1].strip().split("\n")[0]
         raise InputError(key, f"{path} is not a file of weights alone, such as a state_dict, or damaged: "
                          f"{reason.split(' Please use')[0]}") from None
@@ -84,13 +84,13 @@ def _bare(name):
 def network_weights(content):
     """The state dict of one network in what RepDistiller, mdistiller, ReviewKD or this project saved.
 
-    Known: {"model": state dict}, {"state_dict": …}, a bare state dict; names under module., student. (beside a teacher
-    and connectors, which are left out) and _orig_mod., in any order.
+    Known: {"model": state dict}, {"state_dict": …}, {"distiller": …} (our latest.pth), a bare state dict; names under
+    module., student. (beside a teacher and connectors, which are left out) and _orig_mod., in any order.
     """
     for key in "model", "state_dict", "distiller":
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         return {}
     weights = {_bare(name): value for name, value in content.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
@@ -100,30 +100,26 @@ def network_weights(content):
     return weights
 
 
-def load_network(model, path, name, key):
-    """Load file `path` into `model` strictly; half precision is widened. Raises InputError on `key`.
-
-    `name` is the network's, for the message. num_batches_tracked, which old files lack, stays as it is.
-    """
-    return fill_network(model, load(path, key), path, name, key)
-
-
 def fill_network(model, content, path, name, key):
-    """The same with the content of the file; `path` is for the message."""
+    """Load the content of a file into `model`, strictly; returns the model. Raises InputError on `key`.
+
+    `path` and `name`, the network's, are for the message. Half precision is widened; num_batches_tracked, which old
+    files lack, stays as it is.
+    """
     weights, own = network_weights(content), model.state_dict()
     for tensor in own:
         if tensor.endswith("num_batches_tracked"):
             weights.setdefault(tensor, own[tensor])
-    if not weights or not any(tensor in own for tensor in weights if not tensor.endswith("num_batches_tracked")):
+    if not any(tensor in own for tensor in weights if not tensor.endswith("num_batches_tracked")):
         raise InputError(key, f"{path} holds no weights of {name}")
     for tensor in own:
         if tensor not in weights:
-            raise InputError(key, f"{path} is of another network than {name}: {tensor} is not in the file")
+            raise InputError(key, f"{path} does not fit {name}: {tensor} is not in the file")
         if weights[tensor].shape != own[tensor].shape:
-            raise InputError(key, f"{path} is of another network than {name}, or of another number of classes: "
+            raise InputError(key, f"{path} does not fit {name}, or its number of classes: "
                              f"{tensor} is {tuple(weights[tensor].shape)} in the file, {tuple(own[tensor].shape)} here")
     for tensor in weights:
         if tensor not in own:
-            raise InputError(key, f"{path} is of another network than {name}: {name} has no {tensor}")
+            raise InputError(key, f"{path} does not fit {name}: {name} has no {tensor}")
     model.load_state_dict(weights)
     return model

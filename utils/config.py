@@ -146,8 +146,6 @@ def _is_a(value, annotation):
         return any(_is_a(value, option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
         return isinstance(value, list) and all(_is_a(item, typing.get_args(annotation)[0]) for item in value)
-    if annotation in (None, type(None)):
-        return value is None
     if annotation is float:
         return type(value) in (int, float) and abs(value) < 2**1024  # finite, and an int not too large for a float
     if annotation is int:
@@ -160,7 +158,7 @@ def _names(cls):
 
 
 def describe(cls, prefix=""):
-    """The lines of --help: every setting, its default, its meaning and its valid values."""
+    """The lines of --help: every setting, its default, its meaning and its choices."""
     lines = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):

@@ -167,7 +167,8 @@ def crop_flip(images, top, left, flip, padding):
     rows = rows + (h + 2 * padding) * torch.arange(b, device=images.device)[:, None]  # of all images as one column
     pixels = rows[:, :, None] * (w + 2 * padding) + columns[:, None]  # (B, H, W)
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
-    return padded.reshape(-1, 3).index_select(0, pixels.flatten()).view(b, h, w, 3)  # whole pixels: 3x images[b, y, x]
+    # Whole pixels by index_select: 3 times as fast as images[b, y, x].
+    return padded.reshape(-1, 3).index_select(0, pixels.flatten()).view(b, h, w, 3)
 
 
 def random_crop_flip(images, padding):
@@ -246,7 +247,8 @@ class Loader:
     def load(self, indices):
         """indices (B,) -> images float32 (B, 3, H, W), labels int64 (B,), on the device; crops and flips are drawn."""
         self.indices = indices
-        images, labels = self.images.index_select(0, indices), self.labels[indices]  # 4x images[indices] on a CPU
+        # index_select: on a CPU 4 times as fast as images[indices].
+        images, labels = self.images.index_select(0, indices), self.labels[indices]
         if self.train:
             images = random_crop_flip(images, self.padding)
         images = normalize(images, self.mean, self.std)

@@ -38,12 +38,12 @@ def start(device, timeout=None):
 
 
 def is_main():
-    """Rank 0 alone prints and writes."""
+    """Whether this is rank 0, which alone prints and writes."""
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
 def is_main_of_node():
-    """One process of each node."""
+    """Whether this process is the one of its node that speaks for it."""
     return is_main() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 

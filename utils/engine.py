@@ -67,8 +67,8 @@ def warn_of_emulation(precision, device):
 def warn_of_settings(cfg):
     """Lines on stderr for settings that are valid but hardly meant: of a longer run, or DPK's modules under SGD."""
     if cfg.distiller["name"] == "dpk" and cfg.connectors.optimizer == "student":
-        print(f"connectors.optimizer: DPK's transformers are in the student's optimizer, lr {cfg.optimizer.lr}; its "
-              "authors' are in an adamw of their own", file=sys.stderr)
+        print(f"connectors.optimizer: DPK's transformers share the student's optimizer, lr {cfg.optimizer.lr}; its "
+              "authors use an AdamW of their own: connectors.optimizer=adamw", file=sys.stderr)
     if cfg.optimizer.schedule == "step" and cfg.optimizer.milestones and min(cfg.optimizer.milestones) >= cfg.epochs:
         print(f"optimizer.milestones: none of {cfg.optimizer.milestones} is before the end of {cfg.epochs} epochs",
               file=sys.stderr)
@@ -78,11 +78,11 @@ def warn_of_settings(cfg):
         warm_ups["connectors.warmup_epochs"] = cfg.connectors.warmup_epochs
     for key, epochs in warm_ups.items():
         if epochs >= cfg.epochs:
-            print(f"{key}: {epochs} do not end in {cfg.epochs} epochs", file=sys.stderr)
+            print(f"{key}: {epochs} epochs of warm-up do not end within the run's {cfg.epochs}", file=sys.stderr)
 
 
 def build_autocast(precision, device):
-    """A factory of autocast contexts; for fp32 of such that change nothing."""
+    """A function that makes autocast contexts; with fp32 they change nothing."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
 
@@ -151,13 +151,14 @@ def weights_failure(run, epoch, step):
 def prepare_graph(run, epoch):
     """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one.
 
-    Raises InputError where that comes out too late to go on without.
+    Raises InputError where the capture itself fails: too late to go on without.
     """
     if run.graph is not None:
         try:
             run.graph.prepare(run, run.train_loader.choose(epoch, 0))
         except WaitsForDevice as error:
-            print(f"cuda_graph: a step of this distiller cannot be one ({error}); going on without", file=sys.stderr)
+            print(f"cuda_graph: this distiller's step cannot be captured as one ({error}); going on without",
+                  file=sys.stderr)
             run.graph = None
         except RuntimeError as error:
             raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
@@ -221,7 +222,8 @@ def evaluate(model, loader, autocast, stop=None):
     model.eval()
     loader.unreadable = 0
     distributed.broadcast_buffers(model)  # each process has BatchNorm statistics of its own; rank 0's are saved
-    counts = torch.zeros(5, dtype=torch.int64, device=loader.device)  # right at once, in five, of how many; see below
+    # top-1 right, top-5 right, images, processes asked to stop, unreadable files
+    counts = torch.zeros(5, dtype=torch.int64, device=loader.device)
     for images, targets in loader.epoch(0):
         with autocast():
             logits = model(images)

@@ -57,7 +57,7 @@ class Fake:
 
     def __init__(self, split, samples, size):
         self.classes = [str(label) for label in range(1000)]
-        self.images = FakeData(samples, (3, size, size), 1000, random_offset=0 if split == "train" else samples)
+        self.images = FakeData(samples, (3, size, size), 1000, random_offset=0 if split == "train" else 10**9)
 
     def __len__(self):
         return len(self.images)
@@ -166,7 +166,7 @@ def sigterm_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # left to later it is started meanwhile, and unblocks the signal
+    resource_tracker.ensure_running()  # started inside the block it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -191,9 +191,9 @@ def init_worker(_):
 
 @atexit.register
 def end_workers():
-    """At the end of the program, before multiprocessing sends those that are left a SIGTERM and waits for them."""
+    """Kill them at exit: they ignore the SIGTERM that multiprocessing would send before waiting for them."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # to DataLoader's handler they have failed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as failed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

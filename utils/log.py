@@ -44,20 +44,20 @@ class Table:
 
     def __init__(self, steps, device, saved=None):
         self.steps, self.device = steps, device
-        self.names, self.losses, self.rows = [], 0, None
+        self.names, self.num_losses, self.rows = [], 0, None
         if saved:
-            self.names, self.losses, rows = saved["names"], saved["losses"], saved["rows"].to(device)
-            self.rows = F.pad(rows, (0, 0, 0, max(steps - len(rows), 0)))  # other processes may be other steps an epoch
+            self.names, self.num_losses, rows = saved["names"], saved["losses"], saved["rows"].to(device)
+            self.rows = F.pad(rows, (0, 0, 0, max(steps - len(rows), 0)))  # another number of processes: more steps
 
-    def _open(self, names, losses):
-        """The rows, at the first step, when it is known what they hold: `losses` of the `names` are losses."""
+    def _open(self, names, num_losses):
+        """The rows, at the first step, when it is known what they hold: the first `num_losses` names are losses'."""
         if self.rows is None:
-            self.names, self.losses = names, losses
+            self.names, self.num_losses = names, num_losses
             self.rows = torch.zeros(self.steps, len(names), dtype=torch.float64, device=self.device)
 
     def add(self, step, other):
         """Add the one row of another table to row `step`."""
-        self._open(other.names, other.losses)
+        self._open(other.names, other.num_losses)
         self.rows[step].add_(other.rows[0])
 
     def write(self, step, losses, metrics, correct, n):
@@ -74,7 +74,7 @@ class Table:
 
     def failure(self, steps, epoch):
         """What to say of the first loss of the first `steps` that is not finite, or ""."""
-        bad = (~self.rows[:steps, :self.losses].isfinite()).nonzero()
+        bad = (~self.rows[:steps, :self.num_losses].isfinite()).nonzero()
         if len(bad):
             step, column = bad[0].tolist()
             return f"loss {self.names[column]!r} is not finite at epoch {epoch + 1}, step {step + 1}"

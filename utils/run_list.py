@@ -8,7 +8,8 @@ order of the list, the first seed of every run before the second of any. Overrid
 device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
 goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the results are
 there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a
-list: each passes over the runs of the others and those that need them.
+list: each passes over the runs that others are working on, and those that need
+them as teachers.
 """
 
 import argparse
@@ -156,9 +157,13 @@ def train(command, folder):
     """
     signalled = []
     process = subprocess.Popen(command, cwd=folder)
-    handlers = {signal.SIGINT: lambda number, _: signalled.append(number),
-                signal.SIGTERM: lambda number, _: (signalled.append(number), process.send_signal(number))}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def note(number, _):
+        signalled.append(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -225,7 +230,7 @@ def main(argv=None):
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1
-    print("all runs of the list are finished, or another process is at them")
+    print("all runs of the list are finished, or other processes are working on the rest")
     return 0
 
 

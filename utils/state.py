@@ -1,8 +1,6 @@
 """Where a run stands: latest.pth, a log that agrees with it, and a lock, so that no two processes write them."""
 
 import dataclasses
-import functools
-import operator
 
 try:
     import fcntl
@@ -30,7 +28,8 @@ def lock(path):
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: forked workers do not keep it
     except (BlockingIOError, PermissionError):
-        return file.close()
+        file.close()
+        return None
     except OSError:
         pass
     return file
@@ -44,8 +43,8 @@ def with_all_defaults(settings):
 def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
-    Raises InputError for one that is corrupt, for one of another run, whose settings differ in a key, as in
-    "optimizer.lr", that is not in `ignored`, and for none beside a student.pth.
+    Raises InputError where the file is corrupt, where its settings differ from cfg in a key (such as "optimizer.lr")
+    that is not in `ignored`, and where there is a student.pth but no latest.pth.
     """
     path = folder / "latest.pth"
     if not path.exists():
@@ -74,7 +73,7 @@ def save_state(cfg, run, folder, table, **where):
             "config": dataclasses.asdict(cfg), "distiller": run.distiller.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
             "scaler": run.scaler.state_dict(),
-            "table": {"names": table.names, "losses": table.losses, "rows": table.rows}})
+            "table": {"names": table.names, "losses": table.num_losses, "rows": table.rows}})
     else:
         table.clear()
 
@@ -94,7 +93,9 @@ def open_log(cfg, folder, state, world, device):
     """
     now = environment(device, world)
     lines = (read_log(folder / "log.jsonl", state["epoch"]) if state else []) or [{"run": cfg.name} | now]
-    before = functools.reduce(operator.or_, lines[0].get("resumed", []), lines[0])
+    before = dict(lines[0])
+    for change in lines[0].get("resumed", []):
+        before |= change
     changed = {key: value for key, value in now.items() if key != "command" and before.get(key) != value}
     if changed:
         lines[0].setdefault("resumed", []).append({"after_epoch": len(lines) - 1} | changed)

@@ -17,7 +17,7 @@ def forward_backward(run, images, targets, table, row, accumulate=1):
 
 
 class WaitsForDevice(Exception):
-    """A step that a CUDA graph cannot be."""
+    """The step waits for the device, so that it cannot be captured as a CUDA graph."""
 
 
 def warm_up(body):
@@ -80,7 +80,9 @@ class GraphedStep:
                 buffer.copy_(buffers[name])
 
     def __call__(self, indices, table, row):
-        """Gradients of the images `indices` (B,), losses into `row`; False, and neither, where B is not the usual."""
+        """Gradients of the images `indices` (B,), losses into `row`. False, and nothing done, for another B than
+        that captured.
+        """
         if len(indices) != len(self.indices):
             return False
         self.indices.copy_(indices)

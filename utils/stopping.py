@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 START = time.monotonic()  # of the program, teacher's training included
-SIGNALLED = []  # when, by a first signal, of all runs of the program: one between a teacher's and its student's counts
+SIGNALLED = []  # time of the first signal; of the program: one between a teacher's run and its student's counts
 PASSED_ON = 5.0  # seconds: launchers pass SIGTERM on to processes that may have had it already
 
 
@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 
 def note(number, frame):
-    """The handler, which keeps no stopper alive: its process group is to end with the run."""
+    """The handler. No method: that would keep the Stopper and its process group alive after the run."""
     if not SIGNALLED:
         SIGNALLED.append(time.monotonic())
     elif number == signal.SIGINT or time.monotonic() - SIGNALLED[0] > PASSED_ON:

@@ -45,9 +45,10 @@ def render(labels, size, rng):
 
     radius = uniform(0.2, 0.36, 1, 1)
     u, v = (x - uniform(0.32, 0.68, 1, 1)) / radius, (y - uniform(0.32, 0.68, 1, 1)) / radius  # (B, 1, W), (B, H, 1)
-    square, inner, arm = u * u + v * v, np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
+    squared, longer, shorter = u * u + v * v, np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))  # distances
     triangle = (v < 0.8) & (2 * abs(u) < v + 1)
-    shapes = (square < 1, inner < 0.85, triangle, (inner < 1) & (arm < 0.35), (square < 1) & (square > 0.3))
+    cross, ring = (longer < 1) & (shorter < 0.35), (squared < 1) & (squared > 0.3)
+    shapes = (squared < 1, longer < 0.85, triangle, cross, ring)
     rows, columns = (1.3 * v + uniform(0, 1, 1, 1)) % 1 < 0.5, (1.3 * u + uniform(0, 1, 1, 1)) % 1 < 0.5
     textures = np.broadcast_arrays(False, rows, columns, rows ^ columns)  # where the colour is dark
     mask = np.stack(shapes)[labels // 20, n][..., None]

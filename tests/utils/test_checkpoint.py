@@ -36,7 +36,8 @@ def file(path, content, zipped=True):
 
 def load(path, name="resnet8"):
     torch.manual_seed(2)
-    return checkpoint.load_network(MODELS[name](), path, name, "teacher.checkpoint").state_dict()
+    content = checkpoint.load(path, "teacher.checkpoint")
+    return checkpoint.fill_network(MODELS[name](), content, path, name, "teacher.checkpoint").state_dict()
 
 
 def prefixed(prefix, weights):
@@ -238,7 +239,8 @@ def test_another_network_is_refused_with_the_names_and_nothing_is_loaded(tmp_pat
     model = MODELS["resnet8"]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with fails(path, "another network than resnet8", "resnet8 has no layer1.1.conv1.weight"):
-        checkpoint.load_network(model, path, "resnet8", "teacher.checkpoint")
+        checkpoint.fill_network(model, checkpoint.load(path, "teacher.checkpoint"), path, "resnet8",
+                                "teacher.checkpoint")
     assert same(model.state_dict(), before)
 
 

@@ -87,9 +87,9 @@ def test_the_first_loss_that_is_not_finite_is_named_with_epoch_and_step(value):
 
 def test_a_saved_table_goes_on_as_if_never_saved(tmp_path):
     half = filled(ROWS[:2], steps=3)
-    checkpoint.save(tmp_path / "t.pth", {"names": half.names, "losses": half.losses, "rows": half.rows})
+    checkpoint.save(tmp_path / "t.pth", {"names": half.names, "losses": half.num_losses, "rows": half.rows})
     restored = Table(3, CPU, checkpoint.load(tmp_path / "t.pth", "name"))
-    assert (restored.names, restored.losses) == (half.names, 2) and torch.equal(restored.rows, half.rows)
+    assert (restored.names, restored.num_losses) == (half.names, 2) and torch.equal(restored.rows, half.rows)
     filled(ROWS[2:], table=restored, first=2)
     whole = filled(ROWS)
     assert torch.equal(restored.rows, whole.rows) and restored.means() == whole.means()
@@ -99,7 +99,7 @@ def test_a_saved_table_goes_on_as_if_never_saved(tmp_path):
 def test_more_steps_than_when_it_was_saved():
     """With other processes the last batch of an epoch may be a step or not."""
     half = filled(ROWS[:2], steps=2)
-    saved = {"names": half.names, "losses": half.losses, "rows": half.rows}
+    saved = {"names": half.names, "losses": half.num_losses, "rows": half.rows}
     assert filled(ROWS[2:], table=Table(3, CPU, saved), first=2).means() == filled(ROWS).means()
     assert torch.equal(Table(1, CPU, saved).rows, half.rows)
 

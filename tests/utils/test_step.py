@@ -139,7 +139,8 @@ def test_a_step_that_waits_for_the_device_goes_on_without_a_graph(backward, grap
     waiting.student.forward = forward
     assert torch.equal(train(cfg, plain), train(cfg, waiting))
     assert waiting.graph is None and mode[-1] == "default"
-    assert "cuda_graph: a step of this distiller cannot be one (called a synchronizing CUDA" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cuda_graph: this distiller's step cannot be captured as one (called a synchronizing CUDA" in said
     ours, theirs = waiting.distiller.state_dict(), plain.distiller.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
