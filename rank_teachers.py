@@ -161,9 +161,9 @@ def rank(entries, images):
 def table(ranked):
     """The ranking as lines of text."""
     def ckas(entry):
-        return ", ".join(f"{a:.2f} > {b:.2f}" for a, b in zip(entry["cka_before"], entry["cka_after"]))
+        return ", ".join(f"{a:.2f} to {b:.2f}" for a, b in zip(entry["cka_before"], entry["cka_after"]))
 
-    rows = [("", "teacher", "top-1", "parameters", "images/s", "CKA by stage, before > after probe", "probe", "why")]
+    rows = [("", "teacher", "top-1", "parameters", "images/s", "CKA by stage, before to after probe", "probe", "why")]
     rows += [(str(e["rank"]), e["teacher"], f"{e['top1']:.2f}", f"{e['parameters']:,}", f"{e['images_per_s']:.0f}",
               ckas(e), f"{e['probe_top1']:.2f}", e["reason"]) for e in ranked]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -39,7 +39,7 @@ def test_the_most_accurate_first_and_the_faster_of_those_that_cannot_be_told_apa
     assert [e["teacher"] for e in ranked] == ["a", "b"]
     assert [e["reason"] for e in ranked] == ["the most accurate", "1.00 less accurate than the first"]
     lines = rank_teachers.table(ranked).splitlines()
-    assert lines[1].split()[:3] == ["1", "a", "70.00"] and "0.10 > 0.30, 0.20 > 0.40" in lines[1]
+    assert lines[1].split()[:3] == ["1", "a", "70.00"] and "0.10 to 0.30, 0.20 to 0.40" in lines[1]
 
 
 @pytest.mark.parametrize("name", ["resnet8x4", "wrn_40_2", "vgg8", "mobilenetv2", "shufflenetv2", "plaincnn6"])
@@ -108,7 +108,7 @@ def test_the_figure_where_matplotlib_is_installed(tmp_path):
     (["--student", "resnet21", "a.pth"], ["student.name", "resnet20"]),
     (["a.pth", "data.size=x"], ["data.size"]),
     (["a.pth", "--out", "nowhere/a.jsonl"], ["--out", "nowhere/a.jsonl"]),
-    (["a.pth", "--out", "."], ["--out", ".: not a file"]),
+    (["a.pth", "--out", "."], ["--out", ". is a folder"]),
     (["a.pth", "--figure", "a.foo"], ["--figure", "a.foo", ".png, .pdf, .svg"]),
     (["a.pth", "optimizer.nesterov=true", "optimizer.momentum=0"], ["optimizer.nesterov"]),
     (["a.pth", "distiller.name=kd"], ["distiller.name=kd", "no effect", "optimizer, precision"]),

@@ -508,7 +508,7 @@ def test_two_nodes(config, tmp_path):
     ("student.weights=IMAGENET1K_V9", ["student.weights", "IMAGENET1K_V1", "a file"]),
     ("teacher.weights=nowhere.pth", ["teacher.weights", "'nowhere.pth' is neither a file nor", "a file"]),
     ("teacher.weights=IMAGENET1K_V1", ["teacher.weights", "could not be downloaded", "resnet18-f37072fd.pth"]),
-    ("teacher.name=resnet34", ["teacher.weights", "another network than resnet34"]),
+    ("teacher.name=resnet34", ["teacher.weights", "does not fit resnet34"]),
     ("teacher.accuracy=90", ["teacher.accuracy", "more than 0.5 below 90"]),
     ("student.name=alexnet", ["data.size", "alexnet does not take 32 pixels"]),
     ("data.root=/nowhere", ["data.root", "/nowhere/train"]),

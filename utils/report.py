@@ -86,14 +86,14 @@ def by_teacher(results, section, logs):
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not what rank_teachers.py writes ({error!r})") from None
     methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers))
-    probe = ["CKA, last stage, before > after a probe", "probe's top-1"] if ranks else []
+    probe = ["CKA, last stage, before and after a probe", "probe's top-1"] if ranks else []
     heads = ["teacher", "top-1", *probe, *methods]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for teacher in dict.fromkeys([*ranks, *teachers]):
         top1, entry = teachers[teacher], ranks.get(teacher)
         cells = [teacher, "not run" if top1 is None else f"{top1:.2f}"]
         if ranks:
-            cells += [f"{entry['cka_before'][-1]:.2f} > {entry['cka_after'][-1]:.2f}",
+            cells += [f"{entry['cka_before'][-1]:.2f} to {entry['cka_after'][-1]:.2f}",
                       f"{entry['probe_top1']:.2f}"] if entry else ["–", "–"]
         for method in methods:
             seeds = [log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())]

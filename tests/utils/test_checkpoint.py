@@ -229,16 +229,16 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 def test_another_network_is_refused_with_the_names_and_nothing_is_loaded(tmp_path, weights):
     path = file(tmp_path / "t.pth", {"model": weights})
-    with fails(path, "another network than resnet14", "layer1.1.conv1.weight is not in the file"):
+    with fails(path, "does not fit resnet14", "layer1.1.conv1.weight is not in the file"):
         load(path, "resnet14")
     with fails(path, "no weights of vgg8"):
         load(path, "vgg8")
-    with fails(path, "another network than resnet8x4", "conv1.weight", "(16, 3, 3, 3) in the file", "(32, 3, 3, 3)"):
+    with fails(path, "does not fit resnet8x4", "conv1.weight", "(16, 3, 3, 3) in the file", "(32, 3, 3, 3)"):
         load(path, "resnet8x4")
     path = file(tmp_path / "t.pth", MODELS["resnet14"]().state_dict())
     model = MODELS["resnet8"]()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with fails(path, "another network than resnet8", "resnet8 has no layer1.1.conv1.weight"):
+    with fails(path, "does not fit resnet8", "resnet8 has no layer1.1.conv1.weight"):
         checkpoint.fill_network(model, checkpoint.load(path, "teacher.checkpoint"), path, "resnet8",
                                 "teacher.checkpoint")
     assert same(model.state_dict(), before)
@@ -263,7 +263,7 @@ def test_a_file_without_weights_of_the_network_is_refused(tmp_path, content):
 
 def test_a_number_in_the_place_of_a_tensor_is_refused(tmp_path, weights):
     path = file(tmp_path / "t.pth", weights | {"fc.bias": 3})
-    with fails(path, "another network than resnet8", "fc.bias is not in the file"):
+    with fails(path, "does not fit resnet8", "fc.bias is not in the file"):
         load(path)
 
 

@@ -133,8 +133,8 @@ def test_students_by_teacher_and_method(tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(
         json.dumps(entry | {"teacher": teacher}) + "\n" for teacher in ("plaincnn10", "plaincnn4", "resnet20")))
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
-    assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 > 0.50 | 12.00 | not run | 33.00 |",
-                           "| plaincnn4 | 40.00 | 0.25 > 0.50 | 12.00 | 31.00 ± 1.41 | – |"]
+    assert lines[4:-1] == ["| plaincnn10 | not run | 0.25 to 0.50 | 12.00 | not run | 33.00 |",
+                           "| plaincnn4 | 40.00 | 0.25 to 0.50 | 12.00 | 31.00 ± 1.41 | – |"]
     (tmp_path / "r.jsonl").write_text(json.dumps(entry | {"teacher": "plaincnn10"}) + "\n")
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
     assert lines[5] == "| plaincnn4 | 40.00 | – | – | 31.00 ± 1.41 | – |"  # not ranked, and there all the same
