@@ -608,7 +608,7 @@ def refused(capsys, *arguments):
     ("distiller.kd_weight=-1", ["distiller", "negative"]),
     ("distiller.stages=[{student: 7}]", ["the student has no map 7", "0 to 2"]),
     ("distiller.stages=[{studnt: 1}]", ["nearest: student"]),
-    ("distiller.stages=[{encoder: [30, 1, 4]}]", ["heads divides dim"]),
+    ("distiller.stages=[{encoder: [30, 1, 4]}]", ["multiple of heads"]),
     ("distiller.stages=3", ["distiller.stages"]),
     ("distiller.stages=[3]", ["stages: 3"]),
     ("distiller.stages=[]", ["stages", "empty"]),
