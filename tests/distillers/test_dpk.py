@@ -360,7 +360,7 @@ def test_shapes_are_checked_and_both_named():
     stage = DPKStage(6, 10, **SMALL)
     with pytest.raises(ValueError, match=r"\(8, 5, 4, 4\).*\(8, 10, 4, 4\)"):
         stage(torch.randn(8, 5, 4, 4), torch.randn(8, 10, 4, 4))
-    with pytest.raises(ValueError, match="heads divides dim"):
+    with pytest.raises(ValueError, match="multiple of heads"):
         DPKStage(6, 10, encoder=(30, 1, 4))
     with pytest.raises(ValueError, match="ratio: 1.5"):
         DPKStage(6, 10, ratio=1.5)
@@ -461,7 +461,7 @@ def test_ablations_are_arguments():
 @pytest.mark.parametrize("arguments, message", [
     ({"stages": [{"student": 9}]}, "the student has no map 9; valid: 0 to 3"),
     ({"stages": [{"decodr": [8, 1, 1]}]}, "nearest: decoder"),
-    ({"stages": [{"encoder": [30, 1, 4]}]}, "heads divides dim"),
+    ({"stages": [{"encoder": [30, 1, 4]}]}, "multiple of heads"),
     ({"stages": [{"encoder": 64}]}, "stages: encoder: 64"),
     ({"stages": [{"student": 2, "teacher": 3}, {"teacher": -1}]}, "stages: the teacher's map 3 is in two"),
     ({"stages": [{"weight": "big"}]}, "stages: weight: 'big'"),
