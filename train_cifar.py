@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train_cifar.py --cfg yaml/dpk_res32x4_res8x4.yaml
     python train_cifar.py --cfg yaml/dpk_res56_res20.yaml --eval checkpoints/resnet56.pth
 
-The same command again goes on where a run was stopped or killed.
+The same command again goes on where a run was stopped, or where it was last saved before it was killed.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python train_imagenet.py --cfg yaml/imagenet/ce_r18.yaml data.name=fake epochs=1 name=dry_run
     python train_imagenet.py --cfg yaml/imagenet/dpk_r34_r18.yaml --eval IMAGENET1K_V1
 
-The same command again goes on where a run was stopped or killed.
+The same command again goes on where a run was stopped, or where it was last saved before it was killed.
 """
 
 import argparse
