@@ -656,14 +656,14 @@ def test_settings_of_a_longer_run_are_said_to_be(config, capsys):
     path = config("dpk", epochs=1, optimizer={"milestones": [150, 180]}, connectors=connectors)
     assert train_cifar.main(["--cfg", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        "optimizer.milestones: none of [150, 180] is before the end of 1 epochs",
+        "optimizer.milestones: 150, 180 not before the end of 1 epochs",
         "connectors.warmup_epochs: 20 epochs of warm-up do not end within the run's 1"]
     path = config("dkd", name="dkd.yaml", epochs=1)
     assert train_cifar.main(["--cfg", path, "name=second"]) == 0
     assert capsys.readouterr().err == "distiller.warmup_epochs: 20 epochs of warm-up do not end within the run's 1\n"
     path = config("dpk", name="sgd.yaml", epochs=1, connectors={"warmup_epochs": 20})
     assert train_cifar.main(["--cfg", path, "name=third"]) == 0
-    assert capsys.readouterr().err.startswith("connectors.optimizer: DPK's transformers are in the student's")
+    assert capsys.readouterr().err.startswith("connectors.optimizer: DPK's transformers share the student's")
 
 
 def test_a_run_says_and_keeps_the_distillers_defaults(config, tmp_path, capsys, monkeypatch):

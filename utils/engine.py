@@ -69,8 +69,9 @@ def warn_of_settings(cfg):
     if cfg.distiller["name"] == "dpk" and cfg.connectors.optimizer == "student":
         print(f"connectors.optimizer: DPK's transformers share the student's optimizer, lr {cfg.optimizer.lr}; its "
               "authors use an AdamW of their own: connectors.optimizer=adamw", file=sys.stderr)
-    if cfg.optimizer.schedule == "step" and cfg.optimizer.milestones and min(cfg.optimizer.milestones) >= cfg.epochs:
-        print(f"optimizer.milestones: none of {cfg.optimizer.milestones} is before the end of {cfg.epochs} epochs",
+    late = [milestone for milestone in cfg.optimizer.milestones if milestone >= cfg.epochs]
+    if cfg.optimizer.schedule == "step" and late:
+        print(f"optimizer.milestones: {', '.join(map(str, late))} not before the end of {cfg.epochs} epochs",
               file=sys.stderr)
     warm_ups = {"optimizer.warmup_epochs": cfg.optimizer.warmup_epochs,
                 "distiller.warmup_epochs": cfg.distiller.get("warmup_epochs", 0)}
