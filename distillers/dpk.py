@@ -5,7 +5,6 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
-import difflib
 import warnings
 
 import torch
@@ -319,7 +318,7 @@ def check_stage(stage):
         raise ValueError(f"stages: {stage!r} is not a mapping of {', '.join(STAGE)}")
     for key, value in stage.items():
         if key not in STAGE:
-            nearest = difflib.get_close_matches(str(key), STAGE, 1, 0)[0]
+            nearest = min(STAGE, key=lambda name: len(set(name) ^ set(str(key))))  # by the letters that differ
             raise ValueError(f"stages: unknown key {key!r}; nearest: {nearest}; valid: {', '.join(STAGE)}")
         if key == "weight":
             valid = type(value) in (int, float) and 0 <= value < torch.inf
