@@ -56,11 +56,11 @@ def stage_pairs(student_maps, teacher_maps):
 
 
 @torch.no_grad()
-def measure_cka(student, teacher, loader, autocast, batches=4):
-    """[CKA of each stage] on the first batches, in eval mode: the HSIC terms averaged over them, then divided."""
+def measure_cka(student, teacher, loader, autocast):
+    """[CKA of each stage] on the first four batches, in eval mode: the HSIC terms averaged over them, then divided."""
     student.eval()
     total = 0
-    for step in range(min(batches, len(loader))):
+    for step in range(min(4, len(loader))):
         images, _ = loader.batch(0, step)
         if step and len(images) < 4:  # CKA needs four: the rest of a split
             break

@@ -790,8 +790,9 @@ def test_help_shows_every_setting(capsys):
 def test_the_shipped_teacher_fits_its_yaml():
     cfg = train_cifar.read_settings(ROOT / "yaml/kd_res56_res20.yaml")
     path = ROOT / cfg.teacher.checkpoint
-    model = checkpoint.fill_network(MODELS["resnet56"](), checkpoint.load(path, "test"), path, "resnet56", "test")
-    assert checkpoint.load(ROOT / cfg.teacher.checkpoint, "test")["accuracy"] == cfg.teacher.accuracy
+    content = checkpoint.load(path, "test")
+    model = checkpoint.fill_network(MODELS["resnet56"](), content, path, "resnet56", "test")
+    assert content["accuracy"] == cfg.teacher.accuracy
     assert all(value.dtype == torch.float32 for value in model.parameters())
 
 

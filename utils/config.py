@@ -98,7 +98,7 @@ def build(cls, values, prefix=""):
                 raise InputError(key, f"{value!r} is not a section; valid keys: {', '.join(_names(field.type))}")
             checked[name] = build(field.type, value, f"{key}.")
         else:
-            limits = {limit: field.metadata[limit] for limit in ("choices", "low", "above", "high")}
+            limits = {limit: valid for limit, valid in field.metadata.items() if limit != "help"}
             checked[name] = check_value(key, value, field.type, **limits)
     return cls(**checked)
 

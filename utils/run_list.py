@@ -8,8 +8,7 @@ order of the list, the first seed of every run before the second of any. Overrid
 device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
 goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the results are
 there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a
-list: each passes over the runs that others are working on, and those that need
-them as teachers.
+list: each passes over the runs that others are working on, and those that need them as teachers.
 """
 
 import argparse
