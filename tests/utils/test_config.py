@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_cifar
+import train_imagenet
 from distillers import DISTILLERS, dpk, fitnet, ickd
 from models import MODELS
 from train_cifar import Settings, read_settings
@@ -303,6 +304,20 @@ def test_the_help_lists_every_setting_with_default_meaning_and_choices(cls, tmp_
         assert all(yaml_value(choice) in line for choice in metadata["choices"] or ())
     overrides = [f"{key}={yaml_value(default)}" for key, default, _ in expected]
     assert load(tmp_path, "{}", *overrides, cls=cls) == cls()
+
+
+@pytest.mark.parametrize("cls", [Settings, train_imagenet.Settings])
+def test_no_number_is_below_zero_and_no_choice_another(cls, tmp_path):
+    for key, default, metadata in leaves(cls()):
+        if metadata["choices"]:
+            with fails(key, "'odd'", metadata["choices"][-1]):
+                load(tmp_path, "{}", f"{key}=odd", cls=cls)
+        elif type(default) in (int, float, list):
+            below = [type(number)(-1) for number in default] if isinstance(default, list) else -1
+            with fails(key, "-1", "valid: "):
+                load(tmp_path, "{}", f"{key}={below}", cls=cls)
+        else:
+            assert type(default) in (str, bool, dict, type(None))
 
 
 def test_flatten():

@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +52,41 @@ def test_failures_and_counts_are_passed_on():
     assert not stop(failed=True, count=3)
     assert stop.any_failed and stop.total == 3
     assert not stop() and not stop.any_failed and stop.total == 0
+
+
+CODE = '''
+import sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from utils.stopping import SIGNALLED, Stopper
+dist.init_process_group("gloo")
+rank, stop = dist.get_rank(), Stopper(timeout=60)
+said = []
+
+def step(**arguments):
+    said.append((stop(**arguments), stop.any_failed, stop.total))
+
+step(failed=rank == 1, count=rank + 1)
+step()
+step(now=True, count=10 * (rank + 1))
+step(failed=rank == 0, now=True)
+if rank == 1:
+    SIGNALLED.append(0.0)
+step()
+step()
+assert stop.asked
+print(said, file=open(f"{sys.argv[2]}/{rank}", "w"))
+dist.destroy_process_group()
+'''
+
+
+def test_two_processes_agree_on_the_step_before_or_on_this_one(tmp_path):
+    (tmp_path / "two.py").write_text(CODE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               str(tmp_path / "two.py"), str(Path(__file__).resolve().parents[2]), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    expected = [(False, False, 0),  # nothing was exchanged before
+                (False, True, 3), (False, False, 30), (False, True, 0),
+                (False, False, 0),  # nothing is left of a step that they waited for
+                (True, False, 0)]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [f"{expected}\n"] * 2
