@@ -118,6 +118,16 @@ def test_batches_of_one_step_are_added_up():
 LINES = [{"run": "a"}, *({"epoch": epoch, "top1": 10.5 * epoch, "cka": None} for epoch in (1, 2, 3))]
 
 
+def test_the_row_of_another_table_is_added():
+    table = Table(2, CPU)
+    for row in ROWS[:2]:
+        table.add(1, filled([row]))
+    assert table.rows[1].tolist() == filled(ROWS[:2]).rows.sum(0).tolist() and not table.rows[0].any()
+    assert list(table.means()) == ["ce", "kd", "cka", "train_top1"] and table.failure(2, epoch=0) == ""
+    table.add(0, filled([(math.nan, 0.5, 0.25, 3)]))
+    assert "'ce' is not finite" in table.failure(2, epoch=0)
+
+
 def test_a_log_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     write_log(path, LINES[:2])
