@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from distillers.dpk import DPK, cka_of_terms, hsic_terms
+from distillers.dpk import cka_of_terms, hsic_terms
 from models import MODELS
 from train_cifar import Settings, build_loaders, build_network, warn_of_data
 from utils import checkpoint, engine
 from utils.config import load_config
 from utils.data import load_data
 from utils.errors import InputError
-from utils.log import progress
-from utils.optim import ConnectorSettings, build_optimizers, check_optimizers
+from utils.log import Table, progress
+from utils.optim import ConnectorSettings, check_optimizers
+from utils.step import forward_backward
 
 CFG = Path(__file__).parent / "yaml" / "ce_resnet20.yaml"  # the protocol of the probe, but for its one epoch
 SIZE = [64, 2, 4]  # [dim, depth, heads] of the probe's modules
@@ -89,29 +90,27 @@ def forward_speed(model, loader, autocast):
     return len(images) / statistics.median(times[2:])
 
 
-def probe(cfg, student, teacher, loader, device, autocast, steps):
+def probe(cfg, student, teacher, loader, device, steps):
     """Train the student for an epoch of DPK on its last two stages, or for so many steps."""
     image = loader.batch(0, 0)[0][:1]
     with torch.no_grad():
         maps = [network.eval()(image, return_features=True)[1]["maps"] for network in (student, teacher)]
     pairs = stage_pairs(*maps)[-2:]
+    # some 8 × 8 tokens
     stages = [{"student": s, "teacher": t, "weight": weight, "encoder": SIZE, "decoder": SIZE,
-               "patch": max(maps[1][t].shape[2] // 8, 1)}  # some 8 × 8 tokens
+               "patch": next(p for p in range(max(maps[1][t].shape[2] // 8, 1), 0, -1) if maps[1][t].shape[2] % p == 0)}
               for (s, t), weight in zip(pairs, (0.6, 1.0)[-len(pairs):])]
-    torch.manual_seed((cfg.seed + 1) % 2**63)
-    distiller = DPK(student, teacher, stages=stages, image_size=image.shape[2]).to(device).train()
-    optimizers = build_optimizers(distiller, cfg.optimizer, ConnectorSettings(optimizer="adamw", lr=1e-3))
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    cfg = dataclasses.replace(cfg, distiller={"name": "dpk", "stages": stages},
+                              connectors=ConnectorSettings(optimizer="adamw", lr=1e-3))
+    run, table = engine.assemble(cfg, student, teacher, loader, None, device, 1), Table(len(loader), device)
+    run.distiller.train()
     for step in progress(range(min(steps or len(loader), len(loader))), "probe"):
         torch.manual_seed((cfg.seed * 10**6 + step) % 2**63)
-        images, targets = loader.batch(0, step)
-        with autocast():
-            losses = distiller(images, targets)[1]
-        scaler.scale(sum(losses.values())).backward()
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
+        forward_backward(run, *loader.batch(0, step), table, step)
+        for optimizer in run.optimizers.values():
+            run.scaler.step(optimizer)
             optimizer.zero_grad()
-        scaler.update()
+        run.scaler.update()
 
 
 def examine(cfg, path, name, content, data, device, steps):
@@ -127,7 +126,7 @@ def examine(cfg, path, name, content, data, device, steps):
              "parameters": sum(p.numel() for p in teacher.parameters()),
              "images_per_s": round(forward_speed(teacher, train_loader, autocast), 1),
              "cka_before": measure_cka(student, teacher, test_loader, autocast)}
-    probe(cfg, student, teacher, train_loader, device, autocast, steps)
+    probe(cfg, student, teacher, train_loader, device, steps)
     return entry | {"cka_after": measure_cka(student, teacher, test_loader, autocast),
                     "probe_top1": engine.evaluate(student, test_loader, autocast)[0]}
 

@@ -231,8 +231,8 @@ def evaluate_file(cfg, path):
     if not distributed.is_main():  # one process is enough
         return
     device = engine.pick_device(cfg)
-    data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
     content, reasons = checkpoint.load(path, "--eval"), []
+    data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
     for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):
         model = build_network(name, len(data.classes), cfg, device)
         try:
@@ -257,7 +257,7 @@ def main(argv=None):
 
     def action():
         cfg = read_settings(args.cfg, args.overrides)
-        if args.eval:
+        if args.eval is not None:  # an unset shell variable is not to train
             return evaluate_file(cfg, args.eval)
         if cfg.baseline:  # what is wrong with its settings or its folder is said before anything is trained
             companion(cfg, "baseline", cfg.baseline, functools.partial(check_baseline, cfg))

@@ -107,7 +107,13 @@ def read_settings(path, overrides=()):
 
 def build_network(name, weights, num_classes, cfg, device, key):
     """Network `name` on the device, with weights from torchvision or a file where `weights` is not empty."""
-    model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=cfg.data.size)
+    size = cfg.data.size
+    try:
+        model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=size).to(device).eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
     published = [] if name == "mobilenetv1" else list(torchvision.models.get_model_weights(name).__members__)
     if weights in published:
         try:  # torchvision's own loading: it renames what old files call differently
@@ -122,12 +128,7 @@ def build_network(name, weights, num_classes, cfg, device, key):
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
                          f"{', '.join(published + ['a file'])}")
-    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, cfg.data.size, cfg.data.size, device=device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError("data.size", f"{name} does not take {cfg.data.size} pixels: {one_line(error)}") from None
+    model.to(memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     return model.train()
 
 
@@ -170,6 +171,8 @@ def evaluate_file(cfg, weights):
     """Print the accuracy, in float32, of weights of the student's or the teacher's network."""
     if not distributed.is_main():  # one process is enough
         return
+    if not weights:
+        raise InputError("--eval", "is empty; valid: a file, or the name of torchvision's weights")
     device = engine.pick_device(cfg)
     images, reasons = load_images(cfg, "val"), []
     for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):
@@ -196,7 +199,7 @@ def main(argv=None):
 
     def action():
         cfg = read_settings(args.cfg, args.overrides)
-        if args.eval:
+        if args.eval is not None:  # an unset shell variable is not to train
             evaluate_file(cfg, args.eval)
         else:
             engine.train(cfg, set_up, NOT_PART_OF_A_RUN, cfg.timeout)

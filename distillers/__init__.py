@@ -48,11 +48,13 @@ NO_SETTINGS = ["image_size", "num_samples", "masked"]  # arguments of distillers
 def with_defaults(distiller):
     """The settings `distiller`, {"name": …, arguments}, and the defaults of the arguments that they leave out.
 
-    As they are for a name that is not known.
+    As they are for a name that is not known. Tuples become lists, as they do in a YAML file.
     """
     name = distiller.get("name")
     if not isinstance(name, str) or name not in DISTILLERS:
         return distiller
     arguments = inspect.signature(DISTILLERS[name]).parameters.values()
-    return {"name": name} | {argument.name: argument.default for argument in arguments
-                             if argument.kind is argument.KEYWORD_ONLY and argument.name not in NO_SETTINGS} | distiller
+    settings = {argument.name: argument.default for argument in arguments
+                if argument.kind is argument.KEYWORD_ONLY and argument.name not in NO_SETTINGS}
+    settings = {"name": name} | settings | distiller
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}

@@ -68,8 +68,8 @@ def cka_of_terms(terms):
 def minibatch_cka(x, y):
     """Linear CKA of one mini-batch with unbiased HSIC: x (B, …), y (B, …) -> scalar, without gradient, in float32.
 
-    NaN where it is not defined: for fewer than 4 images, and for maps that are the same for all images. Several
-    processes must all call it.
+    NaN for fewer than 4 images; not defined either for a map that is the same for all images, then NaN, infinite or
+    near 0. Several processes must all call it.
     """
     return cka_of_terms(hsic_terms(x, y))
 
@@ -334,8 +334,9 @@ class DPK(nn.Module):
 
     The weights are by default those of the authors' code for CIFAR-100; those of their published runs are unknown.
 
-    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps`; `weight`; `patch`, the side of a
-    token; `encoder` and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
+    stages: one dict a stage: `student` and `teacher`, which of the networks' `maps` (what their stages pass on: after a
+    ReLU in a ResNet or VGG, sums before it in a WRN or MobileNetV2); `weight`; `patch`, the side of a token; `encoder`
+    and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the images, for the shapes of the maps.
@@ -381,7 +382,8 @@ class DPK(nn.Module):
             stage = STAGE | check_stage(stage)
             for name, maps in shapes.items():
                 if stage[name] not in range(-len(maps), len(maps)):
-                    raise ValueError(f"stages: the {name} has no map {stage[name]}; valid: 0 to {len(maps) - 1}")
+                    sizes = ", ".join(f"{i} of {C}×{H}×{W}" for i, (C, H, W) in enumerate(maps))
+                    raise ValueError(f"stages: the {name} has no map {stage[name]}; valid: {sizes}")
                 stage[name] %= len(maps)
             if stage["teacher"] in [t for _, t, _ in self.plan]:  # losses and metrics carry its number
                 raise ValueError(f"stages: the teacher's map {stage['teacher']} is in two of them; valid: one each")

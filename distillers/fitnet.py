@@ -69,7 +69,8 @@ class FitNet(nn.Module):
         for name, model, stage in ("student", student, student_stage), ("teacher", teacher, teacher_stage):
             maps = map_shapes(model, image_size)
             if not -len(maps) <= stage < len(maps):
-                raise ValueError(f"{name}_stage: the {name} has no map {stage}; valid: 0 to {len(maps) - 1}")
+                sizes = ", ".join(f"{i} of {C}×{H}×{W}" for i, (C, H, W) in enumerate(maps))
+                raise ValueError(f"{name}_stage: the {name} has no map {stage}; valid: {sizes}")
             shapes.append(maps[stage])
         self.regressor = regressor(*shapes)
 

@@ -35,6 +35,7 @@ class MLKD(nn.Module):
     in this way, so we do the same. They also had a second, strongly augmented view of each image with CE and an
     unmasked KL of its own, and up to 480 epochs at other learning rates; here the one view that every method gets takes
     both parts, hence a ce_weight of twice 0.1.
+    As in that code, "batch" grows with B and "class" with B², B being the images of one process.
     label_smoothing: of CE.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "batch", "class": scalars}), weighted.
     Raises ValueError for no temperature or one that is not positive, a negative weight, a label_smoothing outside 0

@@ -102,6 +102,11 @@ def test_the_figure_where_matplotlib_is_installed(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+def test_maps_that_eight_does_not_divide(files, capsys):
+    arguments = ["--student", "plaincnn2", files[0], *SETTINGS, "data.samples=100", "data.size=56", "--steps=1"]
+    assert rank_teachers.main(arguments) == 0 and "plaincnn4" in capsys.readouterr().out  # maps of 28×28 and 14×14
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.pth"], ["CHECKPOINT", "nowhere.pth is missing"]),
     (["data.name=cifar10"], ["CHECKPOINT", "none was given"]),

@@ -572,6 +572,22 @@ def test_eval_of_student_and_teacher_and_of_neither(config, tmp_path, capsys):
     assert train_cifar.main(["--cfg", path, "--eval", str(tmp_path / "other.pth")]) == 2
     error = capsys.readouterr().err
     assert "plaincnn2" in error and "plaincnn4" in error
+    assert train_cifar.main(["--cfg", path, "--eval", ""]) == 2  # as from a shell variable that is not set
+    assert "--eval:  is missing" in capsys.readouterr().err
+
+
+def test_a_file_that_the_system_refuses_gets_one_line(capsys, monkeypatch):
+    def refuse():
+        raise PermissionError(13, "Permission denied", "/a/closed/folder/t.pth")
+
+    assert engine.exit_code("a.yaml", refuse) == 2
+    assert capsys.readouterr().err == "error: a.yaml: /a/closed/folder/t.pth: Permission denied\n"
+    with pytest.raises(OSError, match="no file"):  # what is not of a file keeps its traceback
+        engine.exit_code("a.yaml", lambda: (_ for _ in ()).throw(OSError("no file")))
+
+
+def test_a_path_that_is_too_long_gets_one_line(config, capsys):
+    assert "File name too long" in refused(capsys, config("kd", epochs=1), f"teacher.checkpoint={'a' * 300}")
 
 
 def test_under_torchrun_one_process_evaluates(config, tmp_path, capsys, monkeypatch):
@@ -606,7 +622,7 @@ def refused(capsys, *arguments):
     ("distiller.temprature=4", ["distiller.temprature", "nearest: temperature"]),
     ("distiller.temperature=0", ["distiller", "temperature"]),
     ("distiller.kd_weight=-1", ["distiller", "negative"]),
-    ("distiller.stages=[{student: 7}]", ["the student has no map 7", "0 to 2"]),
+    ("distiller.stages=[{student: 7}]", ["the student has no map 7", "2 of 64×8×8"]),
     ("distiller.stages=[{studnt: 1}]", ["nearest: student"]),
     ("distiller.stages=[{encoder: [30, 1, 4]}]", ["multiple of heads"]),
     ("distiller.stages=3", ["distiller.stages"]),

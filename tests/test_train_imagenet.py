@@ -521,7 +521,7 @@ def test_two_nodes(config, tmp_path):
     ("accumulate=0", ["accumulate", "at least 1"]),
     ("optimizer.name=lamb", ["optimizer.name", "sgd, adamw"]),
     ("optimizer.betas=[1.0, 0.9]", ["optimizer.betas", "below 1"]),
-    ("distiller.stages=[{student: 7}]", ["the student has no map 7", "0 to 4"]),
+    ("distiller.stages=[{student: 7}]", ["the student has no map 7", "4 of 1024×1×1"]),
     ("distiller.label_smoothing=2", ["label_smoothing", "between 0 and 1"]),
     ("timeout=0", ["timeout", "more than 0"]),
     ("device=cuda", ["device", "cuda is not available"]),
@@ -536,6 +536,16 @@ def test_bad_settings_get_one_line(config, capsys, monkeypatch, override, words)
     assert error.startswith(f"error: {path}: ") and error.count("\n") == 1, error
     for word in words:
         assert word in error
+
+
+def test_a_size_that_a_network_is_not_even_built_for(config, capsys):
+    assert main(config(epochs=1), "student.name=vit_b_16", "data.size=40") == 2
+    assert "data.size: vit_b_16 does not take 40 pixels" in capsys.readouterr().err
+
+
+def test_an_empty_eval_does_not_train(config, tmp_path, capsys):
+    assert main(config(epochs=1), "--eval", "") == 2
+    assert "--eval: is empty" in capsys.readouterr().err and not (tmp_path / "runs/run/latest.pth").exists()
 
 
 def test_train_and_val_with_other_classes(config, tmp_path, tree, capsys):

@@ -64,6 +64,8 @@ def load(path, key):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(key, f"{path} is missing") from None
+    except PermissionError as error:
+        raise InputError(key, f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
         # The reason follows torch's advice to load the file unsafely.
         reason = re.split(r"WeightsUnpickler error:|\n\n", str(error), maxsplit=1)[-1].strip().split("\n")[0]
@@ -111,13 +113,16 @@ def fill_network(model, content, path, name, key):
         if tensor.endswith("num_batches_tracked"):
             weights.setdefault(tensor, own[tensor])
     if not any(tensor in own for tensor in weights if not tensor.endswith("num_batches_tracked")):
-        raise InputError(key, f"{path} holds no weights of {name}")
+        found = f"; it begins with {', '.join(list(weights)[:3])}, {name} with {', '.join(list(own)[:3])}"
+        raise InputError(key, f"{path} holds no weights of {name}{found if weights else ''}")
     for tensor in own:
         if tensor not in weights:
             raise InputError(key, f"{path} does not fit {name}: {tensor} is not in the file")
         if weights[tensor].shape != own[tensor].shape:
             raise InputError(key, f"{path} does not fit {name}, or its number of classes: "
                              f"{tensor} is {tuple(weights[tensor].shape)} in the file, {tuple(own[tensor].shape)} here")
+        if own[tensor].is_floating_point() and not weights[tensor].is_floating_point():
+            raise InputError(key, f"{path} does not fit {name}: {tensor} is {weights[tensor].dtype} in the file")
     for tensor in weights:
         if tensor not in own:
             raise InputError(key, f"{path} does not fit {name}: {name} has no {tensor}")

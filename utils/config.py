@@ -130,8 +130,12 @@ def check_value(key, value, annotation, choices=None, low=None, above=None, high
         raise InputError(key, f"{value!r} is not valid; valid: {name}{finite}")
     if annotation is float:
         value = float(value)
+    if annotation == list[float]:
+        value = [float(number) for number in value]
     if choices and value not in choices:
-        raise InputError(key, f"{value!r} is not valid; valid: {', '.join(map(yaml_value, choices))}")
+        valid = [yaml_value(choice) for choice in choices]
+        nearest = f"nearest: {difflib.get_close_matches(str(value), valid, 1, 0)[0]}; " if len(valid) > 5 else ""
+        raise InputError(key, f"{value!r} is not valid; {nearest}valid: {', '.join(valid)}")
     for number in value if isinstance(value, list) else [value]:
         for bound, broken in ((f"at least {low}", low is not None and number < low),
                               (f"more than {above}", above is not None and number <= above),

@@ -4,6 +4,7 @@ CIFAR-100 is 150 MB and one gather crops a batch: there is nothing left for work
 """
 
 import os
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +77,8 @@ def load_cifar(name, root):
             reason = f"{name} could not be downloaded ({one_line(error)}); put it at {path} instead"
             raise InputError("data.root", reason) from None
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not a .npz file, or damaged")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         check_cifar(arrays, num_classes=int(name.removeprefix("cifar")))

@@ -16,7 +16,8 @@ def start(device, timeout=None):
     """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device).
 
     A process that waits for another more than `timeout` seconds (None: PyTorch's 10 to 30 minutes) ends the job.
-    Raises InputError where some of torchrun's variables are set, RANK among them, and others not.
+    Raises InputError where some of torchrun's variables are set, RANK among them, and others not, and for more
+    processes than GPUs.
     """
     if "RANK" not in os.environ:
         return 0, 1, device
@@ -24,6 +25,9 @@ def start(device, timeout=None):
     if missing:
         raise InputError("RANK", f"set in the environment without {', '.join(missing)}; start by torchrun, or unset it")
     if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise InputError("--nproc_per_node", f"{here} processes; valid: up to {gpus}, a GPU each")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():

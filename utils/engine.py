@@ -294,7 +294,7 @@ def train(cfg, set_up, ignored, timeout=None):
         epoch, step, best, clock, saved_table = (state[k] for k in ("epoch", "step", "best", "clock", "table"))
         try:
             restore(run, state)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
             raise InputError("name", f"{folder}/latest.pth does not fit ({one_line(error)}): other "
                              "classes than before? To start another run give another name=...") from None
         say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
@@ -358,7 +358,9 @@ def train(cfg, set_up, ignored, timeout=None):
 
 
 def exit_code(path, action):
-    """0 after action(); bad input and a loss that is not finite become a line on stderr, and 2 and 1."""
+    """0 after action(); a line on stderr and 2 for bad input or a file that the system refuses, 1 for a loss that is
+    not finite.
+    """
     SIGNALLED.clear()
     code = 0
     try:
@@ -366,6 +368,11 @@ def exit_code(path, action):
     except InputError as error:
         if distributed.is_main_of_node():  # what is wrong may be so on one node alone
             print(f"error: {path}: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.filename is None:  # not of a file, so not of the input
+            raise
+        print(f"error: {path}: {error.filename}: {error.strerror}", file=sys.stderr)
         code = 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

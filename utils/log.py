@@ -85,9 +85,9 @@ class Table:
         return self.rows[:, -1].sum().item()
 
     def means(self):
-        """{name: mean over the epoch's images}; steps in which a metric was NaN (a CKA may be) do not count for it."""
-        n = self.rows[:, -1:] * ~self.rows.isnan()
-        means = (self.rows.nansum(0) / n.sum(0)).tolist()
+        """{name: mean over the epoch's images}; steps in which a metric was not finite (a CKA) do not count for it."""
+        finite = self.rows.isfinite()
+        means = (self.rows.where(finite, 0).sum(0) / (self.rows[:, -1:] * finite).sum(0)).tolist()
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(self.names[:-1], means)}
 
 

@@ -19,7 +19,7 @@ class OptimizerSettings:
     weight_decay: float = setting(5e-4, "weight decay of the student", low=0)
     schedule: str = setting("step", "learning rate over the epochs", choices=["step", "cosine"])
     milestones: list[int] = setting([150, 180, 210], "step: epochs at which it is multiplied by gamma", low=0)
-    gamma: float = setting(0.1, "step: the factor", above=0)
+    gamma: float = setting(0.1, "step: the factor", above=0, high=1)
     warmup_epochs: int = setting(0, "epochs of linear warm-up", low=0)
 
 

@@ -186,10 +186,11 @@ def main(argv=None):
     path = Path(parser.parse_args(argv).list)
     page = path.parent / "README.md"
     try:
+        load_list(path)
         if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEAD[:60]):
             raise ValueError(f"{page} is not of utils.report; move it, or put the list into a folder of its own")
         checkpoint.write(page, report(path))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 import train_cifar
-from utils import checkpoint
+from utils import checkpoint, engine
 from utils.config import NumberLoader, flatten, load_config
 from utils.errors import InputError, one_line
 from utils.log import read_log
@@ -44,15 +44,18 @@ def load_list(path):
     """{section: dict} of a list. Raises ValueError, a line that names the file, the section and the key."""
     try:
         sections = yaml.load(Path(path).read_text(encoding="utf-8"), NumberLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: not a mapping of sections")
     for name, section in sections.items():
         if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
-        if "ranking" in section and not section.get("teachers") or not isinstance(section.get("seeds", [0]), list):
-            raise ValueError(f"{path}: {name}: seeds is a list, and ranking needs teachers")
+        seeds = section.get("seeds", [0])
+        if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+            raise ValueError(f"{path}: {name}: seeds: {seeds!r} is not a list of integers")
+        if "ranking" in section and not section.get("teachers"):
+            raise ValueError(f"{path}: {name}: ranking needs teachers")
         if not isinstance(section["runs"], dict) or not all(map(is_command, section["runs"].values())):
             raise ValueError(f"{path}: {name}: runs: not a mapping of names to a YAML file and overrides")
         for key, kind in ("title", str), ("text", str), ("ranking", str), ("published", dict):
@@ -66,6 +69,8 @@ def load_list(path):
         for key in (*section["runs"], *teachers):
             if not isinstance(key, str):
                 raise ValueError(f"{path}: {name}: {key!r} is not a name; in quotes it is")
+            if "/" in f"{name}{key}":
+                raise ValueError(f"{path}: {name}: {key}: a / in a name, which is to be a folder's")
     names = [run for run, _ in in_turn(sections)]
     for run in names:
         if names.count(run) > 1:
@@ -192,6 +197,11 @@ def main(argv=None):
         makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
         chosen = entries({name: section for name, section in sections.items() if name in only})
         queue = unfinished(chosen, makers, results, root, args.overrides)
+        for run, (_, cfg, *overrides) in queue:  # now, and not when its turn comes
+            try:
+                engine.check_distiller(load_config(train_cifar.Settings, root / cfg, [*overrides, *args.overrides]))
+            except InputError as error:
+                raise ValueError(f"{args.list}: {run}: {cfg}: {error}") from None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -222,8 +232,12 @@ def main(argv=None):
             return code
         if not finished(folder):
             return 0  # stopped in time, or by a signal
-        for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
-            checkpoint.write(results / run / file, (folder / file).read_bytes())
+        try:
+            for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
+                checkpoint.write(results / run / file, (folder / file).read_bytes())
+        except InputError as error:
+            print(f"error: {args.list}: {error}; {run} is kept in {folder}", file=sys.stderr)
+            return 2
         if signalled:  # at its very end
             return 0
     if failed:

@@ -13,6 +13,8 @@ from utils.config import flatten, yaml_text
 from utils.errors import InputError
 from utils.log import environment, read_log, write_log
 
+STATE = ["config", "distiller", "optimizers", "scaler", "table", "epoch", "step", "best", "clock"]  # of latest.pth
+
 
 def lock(path):
     """The file `path`, open and locked until it is closed or this process ends; None where another process has it.
@@ -54,6 +56,9 @@ def load_state(cfg, folder, ignored):
         return None
     try:
         state = checkpoint.load(path, "name")
+        missing = [key for key in STATE if key not in state]
+        if missing:
+            raise KeyError(f"no {missing[0]} in it")
         theirs, ours = (flatten(with_all_defaults(config)) for config in (state["config"], dataclasses.asdict(cfg)))
     except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "

@@ -459,7 +459,7 @@ def test_ablations_are_arguments():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"stages": [{"student": 9}]}, "the student has no map 9; valid: 0 to 3"),
+    ({"stages": [{"student": 9}]}, "the student has no map 9; valid: 0 of 16×32×32, 1 of .*, 3 of 64×8×8"),
     ({"stages": [{"decodr": [8, 1, 1]}]}, "nearest: decoder"),
     ({"stages": [{"encoder": [30, 1, 4]}]}, "multiple of heads"),
     ({"stages": [{"encoder": 64}]}, "stages: encoder: 64"),

@@ -62,7 +62,7 @@ def test_the_hint_is_that_of_the_stages_named():
 
 def test_a_stage_that_a_network_lacks():
     for name in "student_stage", "teacher_stage":
-        with pytest.raises(ValueError, match=f"{name}.*no map 7; valid: 0 to 3"):
+        with pytest.raises(ValueError, match=f"{name}.*no map 7; valid: 0 of 16×32×32, .*, 3 of 64×8×8"):
             FitNet(MODELS["resnet8"](), MODELS["resnet8"](), **{name: 7})
 
 

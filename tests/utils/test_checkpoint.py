@@ -231,7 +231,7 @@ def test_another_network_is_refused_with_the_names_and_nothing_is_loaded(tmp_pat
     path = file(tmp_path / "t.pth", {"model": weights})
     with fails(path, "does not fit resnet14", "layer1.1.conv1.weight is not in the file"):
         load(path, "resnet14")
-    with fails(path, "no weights of vgg8"):
+    with fails(path, "no weights of vgg8; it begins with conv1.weight, bn1.weight, bn1.bias, vgg8 with "):
         load(path, "vgg8")
     with fails(path, "does not fit resnet8x4", "conv1.weight", "(16, 3, 3, 3) in the file", "(32, 3, 3, 3)"):
         load(path, "resnet8x4")
@@ -242,6 +242,21 @@ def test_another_network_is_refused_with_the_names_and_nothing_is_loaded(tmp_pat
         checkpoint.fill_network(model, checkpoint.load(path, "teacher.checkpoint"), path, "resnet8",
                                 "teacher.checkpoint")
     assert same(model.state_dict(), before)
+
+
+def test_weights_that_are_no_fractions_are_refused(tmp_path, weights):
+    path = file(tmp_path / "t.pth", {name: tensor.int() for name, tensor in weights.items()})
+    with fails(path, "does not fit resnet8", "conv1.weight is torch.int32 in the file"):
+        load(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with fails(tmp_path / "t.pth", "cannot be read: Permission denied"):
+        load(tmp_path / "t.pth")
 
 
 def test_another_number_of_classes_is_refused_with_both_shapes(tmp_path):

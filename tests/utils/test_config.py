@@ -144,6 +144,16 @@ def test_an_empty_value_of_a_text_is_the_empty_text(tmp_path):
     assert load(tmp_path, "name: something", "name=").name == load(tmp_path, "name:").name == ""
 
 
+def test_integers_in_a_list_of_floats_become_floats():  # AdamW refuses betas of two types
+    betas = build(Settings, {"connectors": {"betas": [0, 0.5]}}).connectors.betas
+    assert betas == [0.0, 0.5] and all(type(beta) is float for beta in betas)
+
+
+def test_the_nearest_of_many_choices_is_named():
+    with fails("student.name", "'resnet_20'", "nearest: resnet20; valid: resnet8"):
+        build(Settings, {"student": {"name": "resnet_20"}})
+
+
 def test_a_choice_of_none_is_shown_as_one_writes_it():
     with fails("teacher.name", "'None'", "valid: null, resnet8"):
         build(Settings, {"teacher": {"name": "None"}})

@@ -324,6 +324,8 @@ def test_a_damaged_npz(tmp_path):
     for damaged in (b"", b"<html>not found</html>", whole[:200], whole[:-100], hole):
         path.write_bytes(damaged)
         fails("data.root", path, name="cifar100", root=tmp_path)
+    path.write_bytes(b"<html>not found</html>")  # numpy's advice would be to load it unsafely
+    fails("data.root", "not a .npz file, or damaged", name="cifar100", root=tmp_path)
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
     fails("data.root", path, name="cifar100", root=tmp_path)

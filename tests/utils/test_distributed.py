@@ -21,11 +21,19 @@ def test_a_process_takes_the_device_of_its_local_rank(monkeypatch):
     taken, values = [], {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in ("is_initialized", True), ("get_rank", 5), ("get_world_size", 8):
         monkeypatch.setattr(dist, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert distributed.start(torch.device("cuda")) == (5, 8, torch.device("cuda", 1))
     assert taken == [torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed.start(torch.device("cuda"))[0] == 5
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="--nproc_per_node: 4 processes; valid: up to 2"):
+        distributed.start(torch.device("cuda"))
 
 
 def test_a_rank_without_the_rest_is_named(monkeypatch):

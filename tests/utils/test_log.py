@@ -50,12 +50,13 @@ def test_rows_of_two_processes_are_summed():
     assert both.rows[:, -1].tolist() == [128, 128, 34]
 
 
-def test_a_metric_that_is_nan_does_not_count_for_that_step():
-    rows = [(2.0, 0.5, math.nan, 3), *ROWS[1:]]
-    means = filled(rows).means()
-    assert means["cka"] == pytest.approx((0.5 * 64 + 0.75 * 17) / 81, rel=1e-6)
-    assert means["ce"] == filled(ROWS).means()["ce"]
-    assert filled(rows).failure(3, epoch=0) == ""  # a metric may be
+def test_a_metric_that_is_not_finite_does_not_count_for_that_step():
+    for value in math.nan, math.inf, -math.inf:
+        rows = [(2.0, 0.5, value, 3), *ROWS[1:]]
+        means = filled(rows).means()
+        assert means["cka"] == pytest.approx((0.5 * 64 + 0.75 * 17) / 81, rel=1e-6)
+        assert means["ce"] == filled(ROWS).means()["ce"]
+        assert filled(rows).failure(3, epoch=0) == ""  # a metric may be
 
 
 def test_a_metric_that_is_always_nan_is_none_and_json():

@@ -235,6 +235,22 @@ def test_no_further_run_after_a_signal(teacher_and_student, tmp_path, monkeypatc
     assert teacher_and_student == ["teachers_t_s0"] and run_list.finished(tmp_path / "results/teachers_t_s0")
 
 
+def test_a_mistake_is_found_before_the_first_run(teacher_and_student, capsys):
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["last"] = {"title": "L", "runs": {"l": "o.yaml optimiser.lr=0.1"}}
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    assert run_list.main(["results/runs.yaml"]) == 2 and not teacher_and_student
+    error = capsys.readouterr().err
+    assert error.startswith("error: results/runs.yaml: last_l_s0: o.yaml: optimiser") and "nearest: optimizer" in error
+
+
+def test_results_that_cannot_be_written_are_said_to_be_kept(teacher_and_student, tmp_path, capsys):
+    (tmp_path / "results/teachers_t_s0").touch()  # a file in the folder's place
+    assert run_list.main(["results/runs.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and str(tmp_path / "runs/teachers_t_s0") in error and error.count("\n") == 1
+
+
 def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_student, tmp_path):
     (tmp_path / "runs").mkdir()
     with held_by_another_process(tmp_path / "runs/teachers_t_s0.lock"):
@@ -263,7 +279,11 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
 @pytest.mark.parametrize("text, words", [
     ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
     ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping"),
-    ("a: {title: b, runs: {}, seeds: 3}", "seeds is a list"),
+    ("a: {title: b, runs: {}, seeds: 3}", "seeds: 3 is not a list of integers"),
+    ("a: {title: b, runs: {}, seeds: [a]}", "seeds: .'a'. is not a list of integers"),
+    ("a: {title: b, runs: {c/d: x.yaml}}", "a: c/d: a / in a name"),
+    ("a: {title: 2020-13-45, runs: {}}", "runs.yaml: month must be"),
+    ("[" * 3000, "runs.yaml: "),
     ("a: {title: b, runs: {}, common: epochs=1}", "common: not a list"),
     ("a: {title: b, runs: {c: \"x.yaml 'd\"}}", "a: runs: not a mapping"),
     ("a: {title: b, runs: {c: ''}}", "a: runs: not a mapping"),

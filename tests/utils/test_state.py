@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from distillers import DISTILLERS
 from utils import checkpoint
 from utils.checkpoint import append
 from utils.config import section, setting
 from utils.errors import InputError
 from utils.log import Table, read_log
-from utils.state import load_state, lock, open_log, restore, save_state
+from utils.state import load_state, lock, open_log, restore, save_state, with_all_defaults
 
 
 @dataclass
@@ -77,7 +79,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, monkeypatch):
 def test_another_config_is_refused_by_its_key(tmp_path):
     table = Table(1, "cpu")
     table.write(0, {"ce": torch.tensor(2.0)}, {}, torch.tensor(3), 4)
-    save_state(Settings(), a_run(0), tmp_path, table, epoch=1, step=0)
+    save_state(Settings(), a_run(0), tmp_path, table, epoch=1, step=0, best=0.0, clock={})
     changed = Settings(device="cuda")
     assert load_state(changed, tmp_path, {"device"})["epoch"] == 1
     with pytest.raises(InputError, match="device: 'cuda' now, 'cpu' in"):
@@ -89,7 +91,7 @@ def test_another_config_is_refused_by_its_key(tmp_path):
 def test_a_key_that_only_one_of_two_configs_has_is_refused_too(tmp_path):
     plain, smoothed = (Settings(distiller={"name": "mine"} | more) for more in ({}, {"label_smoothing": 0.1}))
     for before, now, words in (plain, smoothed, "0.1 now, None in"), (smoothed, plain, "None now, 0.1 in"):
-        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0)
+        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
         with pytest.raises(InputError, match=f"distiller.label_smoothing: {words}"):
             load_state(now, tmp_path, set())
 
@@ -97,8 +99,24 @@ def test_a_key_that_only_one_of_two_configs_has_is_refused_too(tmp_path):
 def test_a_default_of_the_distiller_is_the_same_said_or_not(tmp_path):
     for before, now in ({}, {"label_smoothing": 0.0}), ({"label_smoothing": 0.0}, {}):
         before, now = (Settings(distiller={"name": "ce"} | more) for more in (before, now))
-        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0)
+        save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
         assert load_state(now, tmp_path, set())["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_settings_are_the_same_read_from_the_run_s_own_file(name):
+    settings = with_all_defaults({"distiller": {"name": name}})
+    assert with_all_defaults(yaml.safe_load(yaml.safe_dump(settings))) == settings
+
+
+def test_a_file_that_lacks_a_key_is_refused(tmp_path):
+    save_state(Settings(), a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
+    whole = checkpoint.load(tmp_path / "latest.pth", "name")
+    assert load_state(Settings(), tmp_path, set())["epoch"] == 1
+    for key in whole:
+        checkpoint.save(tmp_path / "latest.pth", {name: value for name, value in whole.items() if name != key})
+        with pytest.raises(InputError, match=f"is corrupt and was left as it is .*{key}"):
+            load_state(Settings(), tmp_path, set())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", None])
