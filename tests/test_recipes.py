@@ -164,7 +164,7 @@ def test_the_file_for_imagenet_has_its_own(path):
 
 # The first lines of a file: what is published, and what we measured
 
-NOT_OF_THE_FILE = {"name", "seed", "epochs", "optimizer.milestones", "optimizer.schedule", "teacher.checkpoint",
+NOT_OF_THE_FILE = {"name", "seed", "epochs", "optimizer.milestones", "teacher.checkpoint",
                    "connectors.warmup_epochs", "distiller.warmup_epochs"}
 
 
