@@ -177,7 +177,8 @@ def train(command, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", help="the YAML file")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="save and leave after so long (30 at least for a run to begin)")
+    parser.add_argument("--seconds", type=float, default=float("inf"),
+                        help="save and leave after so long; no run begins with fewer than 30 left")
     parser.add_argument("--only", metavar="SECTION,…", help="these sections alone")
     parser.add_argument("--runs", default="runs", help="where the runs are kept, with their weights")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
