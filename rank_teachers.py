@@ -90,15 +90,19 @@ def forward_speed(model, loader, autocast):
     return len(images) / statistics.median(times[2:])
 
 
+def patch_for(side):
+    """The side of a token that divides a square map of `side` into 8 × 8 tokens, or the next more that can be."""
+    return max(patch for patch in range(1, max(side // 8, 1) + 1) if side % patch == 0)
+
+
 def probe(cfg, student, teacher, loader, device, steps):
     """Train the student for an epoch of DPK on its last two stages, or for so many steps."""
     image = loader.batch(0, 0)[0][:1]
     with torch.no_grad():
         maps = [network.eval()(image, return_features=True)[1]["maps"] for network in (student, teacher)]
     pairs = stage_pairs(*maps)[-2:]
-    # some 8 × 8 tokens
     stages = [{"student": s, "teacher": t, "weight": weight, "encoder": SIZE, "decoder": SIZE,
-               "patch": next(p for p in range(max(maps[1][t].shape[2] // 8, 1), 0, -1) if maps[1][t].shape[2] % p == 0)}
+               "patch": patch_for(maps[1][t].shape[2])}
               for (s, t), weight in zip(pairs, (0.6, 1.0)[-len(pairs):])]
     cfg = dataclasses.replace(cfg, distiller={"name": "dpk", "stages": stages},
                               connectors=ConnectorSettings(optimizer="adamw", lr=1e-3))

@@ -54,7 +54,7 @@ def with_defaults(distiller):
     if not isinstance(name, str) or name not in DISTILLERS:
         return distiller
     arguments = inspect.signature(DISTILLERS[name]).parameters.values()
-    settings = {argument.name: argument.default for argument in arguments
+    defaults = {argument.name: argument.default for argument in arguments
                 if argument.kind is argument.KEYWORD_ONLY and argument.name not in NO_SETTINGS}
-    settings = {"name": name} | settings | distiller
+    settings = {"name": name} | defaults | distiller
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}

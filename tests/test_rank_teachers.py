@@ -102,6 +102,10 @@ def test_the_figure_where_matplotlib_is_installed(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
+def test_a_patch_divides_the_map():
+    assert [rank_teachers.patch_for(side) for side in (4, 8, 16, 28, 31, 50, 64)] == [1, 1, 2, 2, 1, 5, 8]
+
+
 def test_maps_that_eight_does_not_divide(files, capsys):
     arguments = ["--student", "plaincnn2", files[0], *SETTINGS, "data.samples=100", "data.size=56", "--steps=1"]
     assert rank_teachers.main(arguments) == 0 and "plaincnn4" in capsys.readouterr().out  # maps of 28×28 and 14×14

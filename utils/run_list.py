@@ -104,16 +104,23 @@ def finished(folder):
     return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
 
 
+def settings_of(arguments, root):
+    """The settings that the arguments ask for. Raises ValueError, a line that names the YAML file and the key."""
+    _, cfg, *overrides = arguments
+    try:
+        settings = load_config(train_cifar.Settings, root / cfg, overrides)
+        engine.check_distiller(settings)
+    except InputError as error:
+        raise ValueError(f"{cfg}: {error}") from None
+    return settings
+
+
 def check_results(folder, arguments, root):
     """Raise ValueError where the results in the folder are of another run than that of the arguments.
 
     A setting that one of the two does not know says nothing, but for those of the distiller.
     """
-    _, cfg, *overrides = arguments
-    try:
-        asked = dataclasses.asdict(load_config(train_cifar.Settings, root / cfg, overrides))
-    except InputError as error:
-        raise ValueError(f"{cfg}: {error}") from None
+    asked = dataclasses.asdict(settings_of(arguments, root))
     done = yaml.load((folder / "config.yaml").read_text(), NumberLoader)
     asked, done = (flatten(with_all_defaults(settings)) for settings in (asked, done))
     keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
@@ -198,11 +205,11 @@ def main(argv=None):
         makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
         chosen = entries({name: section for name, section in sections.items() if name in only})
         queue = unfinished(chosen, makers, results, root, args.overrides)
-        for run, (_, cfg, *overrides) in queue:  # now, and not when its turn comes
+        for run, arguments in queue:  # now, and not when its turn comes
             try:
-                engine.check_distiller(load_config(train_cifar.Settings, root / cfg, [*overrides, *args.overrides]))
-            except InputError as error:
-                raise ValueError(f"{args.list}: {run}: {cfg}: {error}") from None
+                settings_of([*arguments, *args.overrides], root)
+            except ValueError as error:
+                raise ValueError(f"{args.list}: {run}: {error}") from None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
