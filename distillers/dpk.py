@@ -5,6 +5,7 @@ the share π of the teacher's tokens that is given as prior knowledge; encode th
 and the student's at the others; stitch both to one hybrid feature; decode all of it; compare with the teacher's map.
 """
 
+import functools
 import warnings
 
 import torch
@@ -101,6 +102,7 @@ def patchify(feature_map, patch):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
 
 
+@functools.cache
 def sinusoid_positions(n, dim, device=None):
     """(n, dim) fixed 1-D table (Vaswani et al., 2017, section 3.5): sine in the even columns, cosine in the odd."""
     position = torch.arange(n, device=device).unsqueeze(1)

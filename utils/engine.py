@@ -82,10 +82,12 @@ def warn_of_settings(cfg):
             print(f"{key}: {epochs} epochs of warm-up do not end within the run's {cfg.epochs}", file=sys.stderr)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def build_autocast(precision, device):
     """A function that makes autocast contexts; with fp32 they change nothing."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    return functools.partial(torch.autocast, device.type, dtype, enabled=precision != "fp32")
+    return functools.partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def build_distiller(cfg, student, teacher, **known):
@@ -108,6 +110,13 @@ def build_distiller(cfg, student, teacher, **known):
     return built
 
 
+def cast_frozen(network, dtype):
+    """Weights of a network that is not trained, once in the dtype to which autocast would cast them in every step."""
+    for module in network.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.to(dtype)
+
+
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
              graph=False):
     """All that a run works with, around networks on the device.
@@ -124,6 +133,8 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     run.distiller = build_distiller(cfg, student, teacher, num_samples=train_loader.num_samples, masked=graph)
     run.distiller.to(device, memory_format=memory_format)
+    if teacher is not None:
+        cast_frozen(teacher, DTYPES[cfg.precision])
     run.optimizers = build_optimizers(run.distiller, cfg.optimizer, cfg.connectors)
     run.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     blocks = [module for module in run.distiller.modules() if isinstance(module, Block)]  # of one shape: compiled once

@@ -41,6 +41,12 @@ def warm_up(body):
         torch.cuda.current_stream().wait_stream(side)
 
 
+def numbers_of(distiller):
+    """All that its modules hold as plain numbers, as the weight of a loss that set_epoch changes."""
+    return [(key, value) for module in distiller.modules() for key, value in vars(module).items()
+            if isinstance(value, (int, float))]
+
+
 class GraphedStep:
     """A step from the indices of its images to its gradients as one CUDA graph.
 
@@ -50,7 +56,7 @@ class GraphedStep:
     """
 
     def __init__(self, device):
-        self.graph, self.table = None, Table(1, device)
+        self.graph, self.table, self.numbers = None, Table(1, device), None
 
     def _body(self, run):
         run.distiller.zero_grad()  # to None: the backward pass makes new ones, in the graph's own memory
@@ -60,10 +66,10 @@ class GraphedStep:
     def prepare(self, run, indices):
         """Capture, with `indices` (B,) of a batch of the usual size; weights and buffers stay as they are.
 
-        Again in each epoch where the distiller has a set_epoch: a graph keeps the numbers that it was made with.
+        Again where set_epoch has changed a number of the distiller: a graph keeps those that it was made with.
         Raises WaitsForDevice for a step that does, and leaves nothing of it behind.
         """
-        if self.graph is not None and not hasattr(run.distiller, "set_epoch"):
+        if self.graph is not None and numbers_of(run.distiller) == self.numbers:
             return
         buffers = {name: buffer.clone() for name, buffer in run.distiller.named_buffers()}
         self.indices = indices.clone()
@@ -74,6 +80,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):
                 self._body(run)
             self.gradients = [(parameter, parameter.grad) for parameter in run.distiller.parameters()]
+            self.numbers = numbers_of(run.distiller)
         finally:
             run.distiller.zero_grad()  # nothing is in them yet
             for name, buffer in run.distiller.named_buffers():
