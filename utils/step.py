@@ -42,9 +42,9 @@ def warm_up(body):
 
 
 def numbers_of(distiller):
-    """All that its modules hold as plain numbers, as the weight of a loss that set_epoch changes."""
-    return [(key, value) for module in distiller.modules() for key, value in vars(module).items()
-            if isinstance(value, (int, float))]
+    """What its modules hold as numbers, strings, lists and tuples, as the weight of a loss that set_epoch changes."""
+    return [(key, repr(value)) for module in distiller.modules() for key, value in vars(module).items()
+            if isinstance(value, (int, float, str, list, tuple))]
 
 
 class GraphedStep:

@@ -100,6 +100,15 @@ def test_a_graph_and_its_last_smaller_batch_train_as_without(name, graphs_on_a_c
         torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=1e-3, msg=key)
 
 
+@pytest.mark.parametrize("values", [[0.5, 1.0], [(0.5, 2), (1.0, 2)], [[0.5], [1.0]], ["half", "whole"]])
+def test_a_graph_is_captured_again_where_set_epoch_changed_something(values, graphs_on_a_cpu):
+    cfg, run = build_run("kd", graph=True)
+    captures = graphs_on_a_cpu(run)
+    run.distiller.set_epoch = lambda epoch: setattr(run.distiller, "weight", values[min(epoch, 1)])
+    train(cfg, run, epochs=3)
+    assert len(captures) == 2
+
+
 def test_capturing_leaves_no_gradients_for_a_resumed_run_whose_first_batch_is_the_smaller(graphs_on_a_cpu):
     cfg, plain = build_run("kd", graph=False)
     _, graphed = build_run("kd", graph=True)
