@@ -41,7 +41,7 @@ def warm_up(body):
         torch.cuda.current_stream().wait_stream(side)
 
 
-def numbers_of(distiller):
+def plain_values(distiller):
     """What its modules hold as numbers, strings, lists and tuples, as the weight of a loss that set_epoch changes."""
     return [(key, repr(value)) for module in distiller.modules() for key, value in vars(module).items()
             if isinstance(value, (int, float, str, list, tuple))]
@@ -56,7 +56,7 @@ class GraphedStep:
     """
 
     def __init__(self, device):
-        self.graph, self.table, self.numbers = None, Table(1, device), None
+        self.graph, self.table, self.captured = None, Table(1, device), None
 
     def _body(self, run):
         run.distiller.zero_grad()  # to None: the backward pass makes new ones, in the graph's own memory
@@ -66,10 +66,10 @@ class GraphedStep:
     def prepare(self, run, indices):
         """Capture, with `indices` (B,) of a batch of the usual size; weights and buffers stay as they are.
 
-        Again where set_epoch has changed a number of the distiller: a graph keeps those that it was made with.
+        Again where set_epoch has changed one of the distiller's plain_values: a graph keeps those it was made with.
         Raises WaitsForDevice for a step that does, and leaves nothing of it behind.
         """
-        if self.graph is not None and numbers_of(run.distiller) == self.numbers:
+        if plain_values(run.distiller) == self.captured:
             return
         buffers = {name: buffer.clone() for name, buffer in run.distiller.named_buffers()}
         self.indices = indices.clone()
@@ -80,7 +80,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):
                 self._body(run)
             self.gradients = [(parameter, parameter.grad) for parameter in run.distiller.parameters()]
-            self.numbers = numbers_of(run.distiller)
+            self.captured = plain_values(run.distiller)
         finally:
             run.distiller.zero_grad()  # nothing is in them yet
             for name, buffer in run.distiller.named_buffers():
