@@ -10,6 +10,7 @@ stands beside it. The most accurate teacher comes first; of those that the test 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -217,8 +218,8 @@ def main(argv=None):
         if args.steps < 0:
             raise InputError("--steps", f"{args.steps} is negative")
         for key, file in ("--out", args.out), ("--figure", args.figure):
-            if file and (Path(file).is_dir() or not Path(file).parent.is_dir()):
-                raise InputError(key, f"{file} is a folder, or its folder does not exist")
+            if file and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+                raise InputError(key, f"{file} is a folder, or its folder does not exist or cannot be written to")
         if args.figure and Path(args.figure).suffix.lower() not in FORMATS:
             raise InputError("--figure", f"{args.figure}: valid: {', '.join(FORMATS)}")
         device = engine.pick_device(cfg)

@@ -126,3 +126,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert rank_teachers.main([*arguments, *SETTINGS] if "nowhere.pth" in arguments else arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_probes(monkeypatch, capsys):
+    monkeypatch.setattr(rank_teachers.os, "access", lambda path, mode: False)  # root may write anywhere
+    assert rank_teachers.main(["a.pth", "--figure", "a.png"]) == 2
+    assert "--figure: a.png" in capsys.readouterr().err
