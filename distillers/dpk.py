@@ -135,12 +135,10 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(B, n, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, D / heads) each
-        if q.device.type == "cpu" and q.dtype != torch.float32:
-            # written out: with so few dimensions a head, PyTorch's fused kernel for CPUs takes twice as long or more in
-            # half precision
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-            x = scores.softmax(-1).to(v.dtype) @ v
+        if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+            # PyTorch's fused kernel for CPUs is several times slower in half precision
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(v.dtype)
         else:
             x = F.scaled_dot_product_attention(q, k, v, mask)
         return self.proj(x.transpose(1, 2).reshape(B, n, D))

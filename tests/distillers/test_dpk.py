@@ -151,7 +151,7 @@ def test_sinusoid_positions():
 
 
 @pytest.mark.parametrize("n", [0, 1, 51, 256])
-def test_attention_in_half_precision_on_a_cpu_is_the_fused_one(n):
+def test_attention_in_half_precision_on_a_cpu_is_that_in_float32(n):
     torch.manual_seed(0)
     attention = Attention(48, 8)
     torch.nn.init.normal_(attention.q_bias), torch.nn.init.normal_(attention.v_bias)
@@ -165,10 +165,10 @@ def test_attention_in_half_precision_on_a_cpu_is_the_fused_one(n):
         assert y.dtype == (torch.bfloat16 if half else torch.float32)
         y.float().square().sum().backward()
         results.append([y.float(), leaf.grad, attention.qkv.weight.grad.clone(), attention.q_bias.grad.clone()])
-    # Of a single token q has no gradient; the fused kernel leaves float32's rounding of the largest one there.
-    rounding = 1e-7 * max(fused.norm() for fused in results[1])
-    for by_definition, fused in zip(*results):
-        assert (by_definition - fused).norm() <= 0.02 * fused.norm() + rounding  # bfloat16 has 8 bits: 0.004 a rounding
+    # Of a single token q has no gradient; the fused kernel leaves the rounding of the largest one there.
+    rounding = 1e-7 * max(full.norm() for full in results[1])
+    for half, full in zip(*results):
+        assert (half - full).norm() <= 0.02 * full.norm() + rounding  # bfloat16 has 8 bits: 0.004 a rounding
 
 
 def test_a_block_is_pytorchs_pre_norm_layer():
