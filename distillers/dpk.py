@@ -335,8 +335,9 @@ class DPK(nn.Module):
     The weights are by default those of the authors' code for CIFAR-100; those of their published runs are unknown.
 
     stages: one dict a stage: `student` and `teacher`, which of the networks' `maps` (what their stages pass on: after a
-    ReLU in a ResNet or VGG, without one in a WRN or MobileNetV2); `weight`; `patch`, the side of a token; `encoder`
-    and `decoder`, [dim, depth, heads]. None: the last two maps, the second-last with weight 0.6.
+    ReLU in a ResNet or VGG, without one in a WRN, of which the authors' code takes it after the next BatchNorm, or a
+    MobileNetV2); `weight`; `patch`, the side of a token; `encoder` and `decoder`, [dim, depth, heads]. None: the last
+    two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the images, for the shapes of the maps.
