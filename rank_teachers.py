@@ -23,7 +23,7 @@ from distillers.dpk import cka_of_terms, hsic_terms
 from models import MODELS
 from train_cifar import Settings, build_loaders, build_network, warn_of_data
 from utils import checkpoint, engine
-from utils.config import load_config
+from utils.config import load_config, yaml_value
 from utils.data import load_data
 from utils.errors import InputError
 from utils.log import Table, progress
@@ -204,11 +204,12 @@ def main(argv=None):
     parser.add_argument("arguments", nargs="+", metavar="CHECKPOINT or key.sub=value",
                         help="the teachers' files, and settings of train_cifar.py, as data.name=cifar10 or device=cpu")
     args = parser.parse_intermixed_args(argv)
-    overrides = [a for a in args.arguments if "=" in a and not Path(a).exists()]
-    paths = [a for a in args.arguments if a not in overrides]
 
     def action():
-        cfg = load_config(Settings, CFG, [f"student.name={args.student}", f"data.root={args.data}", *overrides])
+        overrides = [a for a in args.arguments if "=" in a and not Path(a).exists()]
+        paths = [a for a in args.arguments if a not in overrides]
+        own = [f"student.name={yaml_value(args.student)}", f"data.root={yaml_value(args.data)}"]
+        cfg = load_config(Settings, CFG, [*own, *overrides])
         check_optimizers(cfg.optimizer, cfg.connectors)
         for override in overrides:
             if override.partition("=")[0].partition(".")[0] not in USED:
@@ -236,7 +237,7 @@ def main(argv=None):
         ranked = rank(entries, len(data.test.labels))
         print(table(ranked))
         if args.out:
-            checkpoint.write(args.out, "".join(json.dumps(entry) + "\n" for entry in ranked))
+            checkpoint.write(args.out, "".join(json.dumps(entry) + "\n" for entry in ranked), "--out")
         if args.figure:
             draw(ranked, args.figure)
 

@@ -136,7 +136,7 @@ def load_teacher(cfg, num_classes, device):
         other = companion(cfg, "teacher.cfg", cfg.teacher.cfg, train)
         trained = Path(other.runs, other.name, "student.pth")
         if distributed.is_main() and trained != path:
-            checkpoint.write(path, trained.read_bytes())
+            checkpoint.write(path, trained.read_bytes(), "teacher.checkpoint")
         distributed.barrier()
     content = checkpoint.load(path, "teacher.checkpoint")
     teacher = build_network(cfg.teacher.name, num_classes, cfg, device)
@@ -170,7 +170,7 @@ def companion(cfg, key, path, action):
             raise InputError("name", f"{other.name} is also the name of this run; give this run another name=...")
         action(other)
     except InputError as error:
-        raise InputError(key, f"{path}: {error}") from None
+        raise type(error)(key, f"{path}: {error}") from None
     return other
 
 
@@ -208,8 +208,9 @@ def check_baseline(cfg, other):
     """Raise InputError where the baseline's folder holds another run, or its teacher will be missing."""
     folder = Path(other.runs, other.name)
     load_state(other, folder, NOT_PART_OF_A_RUN)
-    if not (folder / "student.pth").exists() and other.teacher.checkpoint != cfg.teacher.checkpoint:
-        check_teacher_file(other)  # ours will be there by then
+    ours = cfg.teacher.checkpoint if cfg.distiller["name"] != "ce" else None  # it will be there by then
+    if not (folder / "student.pth").exists() and other.teacher.checkpoint != ours:
+        check_teacher_file(other)
 
 
 def compare(cfg, last):

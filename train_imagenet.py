@@ -112,6 +112,8 @@ def build_network(name, weights, num_classes, cfg, device, key):
         model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=size).to(device).eval()
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
     published = [] if name == "mobilenetv1" else list(torchvision.models.get_model_weights(name).__members__)

@@ -113,9 +113,11 @@ def test_maps_that_eight_does_not_divide(files, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.pth"], ["CHECKPOINT", "nowhere.pth is missing"]),
+    (["nowhere.pth", "--data", "2024"], ["CHECKPOINT", "nowhere.pth is missing"]),
     (["data.name=cifar10"], ["CHECKPOINT", "none was given"]),
     (["--student", "resnet21", "a.pth"], ["student.name", "resnet20"]),
     (["a.pth", "data.size=x"], ["data.size"]),
+    (["a.pth", "data.root=" + 300 * "x"], ["File name too long"]),
     (["a.pth", "--out", "nowhere/a.jsonl"], ["--out", "nowhere/a.jsonl"]),
     (["a.pth", "--out", "."], ["--out", ". is a folder"]),
     (["a.pth", "--figure", "a.foo"], ["--figure", "a.foo", ".png, .pdf, .svg"]),

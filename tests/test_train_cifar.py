@@ -158,6 +158,9 @@ def test_a_finished_run_without_its_checkpoint_is_not_trained_again(config, tmp_
     error = capsys.readouterr().err
     assert "name" in error and "latest.pth" in error and error.count("\n") == 1
     assert kept == (student.read_bytes(), (student.parent / "log.jsonl").read_bytes())
+    student.unlink()  # the log alone is a result too
+    assert train_cifar.main(["--cfg", path, "optimizer.lr=0.5"]) == 2
+    assert kept[1] == (student.parent / "log.jsonl").read_bytes()
 
 
 def test_two_processes_do_not_share_a_run(config, tmp_path):
@@ -165,7 +168,7 @@ def test_two_processes_do_not_share_a_run(config, tmp_path):
     first = start(path)
     while "epoch 1/" not in (line := first.stdout.readline()):
         assert line, "ended before its first epoch"
-    refused = run(path, check=2).stderr
+    refused = run(path, check=3).stderr
     assert refused.startswith(f"error: {path}: name: another process is at") and refused.count("\n") == 1
     first.terminate()
     assert first.wait(60) == 0  # and it has saved
@@ -329,9 +332,13 @@ time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
-        assert train_cifar.main(["--cfg", path]) == 2
+        assert train_cifar.main(["--cfg", path]) == 3
+        assert "another process is at" in capsys.readouterr().err
+        student = config("kd", name="student.yaml", teacher={
+            "name": "plaincnn2", "checkpoint": str(tmp_path / "none.pth"), "cfg": str(path), "train": True})
+        assert train_cifar.main(["--cfg", student]) == 3
         other.kill()
-    assert "another process is at" in capsys.readouterr().err
+    assert "teacher.cfg" in (error := capsys.readouterr().err) and "another process is at" in error
 
 
 def test_a_state_that_does_not_fit_is_one_line(config, capsys):
@@ -392,6 +399,11 @@ def test_two_processes_are_one_run(config, tmp_path):
     assert rows[:3, -1].tolist() == [64, 64, 0]  # the images of both processes, none twice
     assert "is finished" not in two("name=stopped")
     assert "is finished" in two("name=stopped")
+    (tmp_path / "runs/file").touch()  # rank 0 alone finds that it cannot write there
+    result = subprocess.run([*command, "name=file"], capture_output=True, text=True, cwd=ROOT, timeout=240,
+                            env=environment)
+    assert f"cannot write {tmp_path}/runs/file/.lock" in result.stderr and result.returncode
+    assert "Connection" not in result.stderr and result.stderr.count("error: ") == 1
 
 
 def test_crds_banks_are_the_same_on_both_processes_and_not_sent_around(config, tmp_path):
@@ -545,6 +557,7 @@ def test_a_baseline_whose_own_teacher_is_missing_is_refused_before_the_run(confi
     error = refused(capsys, path, "name=third")
     assert "baseline" in error and f"other.yaml: teacher.checkpoint: {gone} is missing" in error
     assert not (tmp_path / "runs/third").exists()
+    assert "is missing" in refused(capsys, path, "name=third", "distiller={name: ce}", f"teacher.checkpoint={gone}")
     teacher = config("ce", name="t.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
     assert train_cifar.main(["--cfg", path, "name=third", f"teacher.checkpoint={gone}", "teacher.train=true",
                              f"teacher.cfg={teacher}"]) == 0  # the same file, which this run makes
@@ -751,7 +764,7 @@ def test_a_corrupt_or_foreign_latest_is_kept_and_named(config, tmp_path, capsys)
     content = latest.read_bytes()[:-500]
     latest.write_bytes(content)
     error = refused(capsys, path)
-    assert "corrupt" in error and "move it away" in error and latest.read_bytes() == content
+    assert "corrupt" in error and "move the folder away" in error and latest.read_bytes() == content
 
 
 def test_a_folder_without_images_and_one_with_two_classes(config, tmp_path, capsys):

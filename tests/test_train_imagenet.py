@@ -543,6 +543,15 @@ def test_a_size_that_a_network_is_not_even_built_for(config, capsys):
     assert "data.size: vit_b_16 does not take 40 pixels" in capsys.readouterr().err
 
 
+def test_a_full_gpu_is_no_wrong_size(monkeypatch):
+    def full(**arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(IMAGENET_MODELS, "resnet18", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_imagenet.build_network("resnet18", "", 10, train_imagenet.Settings(), "cpu", "student.weights")
+
+
 def test_an_empty_eval_does_not_train(config, tmp_path, capsys):
     assert main(config(epochs=1), "--eval", "") == 2
     assert "--eval: is empty" in capsys.readouterr().err and not (tmp_path / "runs/run/latest.pth").exists()

@@ -24,8 +24,8 @@ ALLOWED = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"
            *{type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64)}]
 
 
-def write(path, data):
-    """Write text or bytes to `path`: whole, or not at all. Raises InputError where the disk refuses."""
+def write(path, data, key="runs"):
+    """Write text or bytes to `path`: whole, or not at all. Raises InputError on `key` where the disk refuses."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -38,7 +38,7 @@ def write(path, data):
     except OSError as error:
         if os.path.isfile(partial):  # Path.is_file raises where the name is too long
             partial.unlink()
-        raise InputError("runs", f"cannot write {path}: {error.strerror}; what was there before is kept") from None
+        raise InputError(key, f"cannot write {path}: {error.strerror}; what was there before is kept") from None
 
 
 def append(path, entry):
@@ -109,13 +109,12 @@ def fill_network(model, content, path, name, key):
     files lack, stays as it is.
     """
     weights, own = network_weights(content), model.state_dict()
-    for tensor in own:
-        if tensor.endswith("num_batches_tracked"):
-            weights.setdefault(tensor, own[tensor])
     if not any(tensor in own for tensor in weights if not tensor.endswith("num_batches_tracked")):
         found = f"; it begins with {', '.join(list(weights)[:3])}, {name} with {', '.join(list(own)[:3])}"
         raise InputError(key, f"{path} holds no weights of {name}{found if weights else ''}")
     for tensor in own:
+        if tensor.endswith("num_batches_tracked"):
+            weights.setdefault(tensor, own[tensor])
         if tensor not in weights:
             raise InputError(key, f"{path} does not fit {name}: {tensor} is not in the file")
         if weights[tensor].shape != own[tensor].shape:

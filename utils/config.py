@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import types
 import typing
@@ -19,7 +20,8 @@ class NumberLoader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(problem=f"{key} is there twice", problem_mark=node.start_mark)
@@ -79,9 +81,11 @@ def _override(values, override):
         if not isinstance(values, dict):
             raise InputError(key, f"{parent} is not a section, so it has no {last}")
     try:
-        values[last] = yaml.load(text, NumberLoader)
+        value = yaml.load(text, NumberLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(key, f"{text!r} is not a YAML value") from None
+    # A plain text is meant to its end, also where YAML would see a comment: runs='my runs #2'
+    values[last] = text.strip() if isinstance(value, str) and value[:1] == text.strip()[:1] else value
 
 
 def build(cls, values, prefix=""):
@@ -105,7 +109,7 @@ def build(cls, values, prefix=""):
 
 def check_arguments(function, values, prefix):
     """Check a mapping of keyword arguments against the signature of `function`: the constructor is the schema."""
-    parameters = {name: parameter for name, parameter in inspect.signature(function).parameters.items()
+    parameters = {name: parameter for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
                   if parameter.kind is parameter.KEYWORD_ONLY}
     for name, value in values.items():
         if name not in parameters:
@@ -124,6 +128,8 @@ def check_value(key, value, annotation, choices=None, low=None, above=None, high
     """`value` where it is of the type `annotation` and within its bounds (an int does for a float)."""
     if value is None and annotation is str:  # `key=` on the command line, `key:` in a file
         value = ""
+    if annotation is str and isinstance(value, str) and value.startswith("~/"):  # no shell does it behind key=
+        value = os.path.expanduser(value)
     if not _is_a(value, annotation):
         name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
         finite = ", finite" if isinstance(value, float) and not math.isfinite(value) else ""
@@ -146,6 +152,8 @@ def check_value(key, value, annotation, choices=None, low=None, above=None, high
 
 
 def _is_a(value, annotation):
+    if annotation in (typing.Any, inspect.Parameter.empty):
+        return True
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return any(_is_a(value, option) for option in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:

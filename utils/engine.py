@@ -16,7 +16,7 @@ from distillers import DISTILLERS, NO_SETTINGS, with_defaults
 from distillers.dpk import Block
 from utils import checkpoint, distributed
 from utils.config import check_arguments, flatten
-from utils.errors import InputError, one_line
+from utils.errors import Busy, InputError, one_line
 from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
@@ -278,10 +278,14 @@ def train(cfg, set_up, ignored, timeout=None):
     folder = Path(cfg.runs, cfg.name)
     rank, world, device = distributed.start(pick_device(cfg), timeout)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    locked = lock(folder / ".lock") if rank == 0 else True  # before the state is read, which another may be saving
-    if not locked:
-        raise InputError("name", f"another process is at {folder}; wait for it, or give another name=...")
-    state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
+    try:
+        locked = lock(folder / ".lock") if rank == 0 else True  # before the state is read, which another may be saving
+        if not locked:
+            raise Busy("name", f"another process is at {folder}; wait for it, or give another name=...")
+        state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
+    except InputError:
+        distributed.is_the_same(-2 - rank, device)  # the others, who ask this below, end as well
+        raise
     if not distributed.is_the_same(state["epoch"] * 10**9 + state["step"] if state else -1, device):
         raise InputError("runs", f"not all processes see the same {folder}; valid: a folder that all nodes share")
     if state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs:
@@ -369,8 +373,8 @@ def train(cfg, set_up, ignored, timeout=None):
 
 
 def exit_code(path, action):
-    """0 after action(); a line on stderr and 2 for bad input or a file that the system refuses, 1 for a loss that is
-    not finite.
+    """0 after action(); a line on stderr and 2 for bad input or a file that the system refuses, 3 where another process
+    is at the run, 1 for a loss that is not finite.
     """
     SIGNALLED.clear()
     code = 0
@@ -379,7 +383,7 @@ def exit_code(path, action):
     except InputError as error:
         if distributed.is_main_of_node():  # what is wrong may be so on one node alone
             print(f"error: {path}: {error}", file=sys.stderr)
-        code = 2
+        code = 3 if isinstance(error, Busy) else 2
     except OSError as error:
         if error.filename is None:  # not of a file, so not of the input
             raise
@@ -391,5 +395,5 @@ def exit_code(path, action):
     except Stopped as stopped:
         if distributed.is_main():
             print(stopped)
-    distributed.finish(together=code != 2)  # bad input may be one process's alone; an unforeseen error ends it at once
+    distributed.finish(together=code < 2)  # bad input may be one process's alone; an unforeseen error ends it at once
     return code

@@ -12,6 +12,10 @@ class InputError(ValueError):
         return f"{self.key}: {self.message}"
 
 
+class Busy(InputError):
+    """Another process is at this run: exit code 3."""
+
+
 def one_line(error):
     """What another library's exception says, without line breaks; its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -73,6 +73,12 @@ def table(name, section, logs):
     return [*lines, "", "<details><summary>Commands</summary>", "", "```bash", *commands, "```", "", "</details>"]
 
 
+def method_and_teacher(key, teachers):
+    """The two parts of <method>_<teacher>; (None, None) where the run's name is not of this form."""
+    teacher = max((teacher for teacher in teachers if key.endswith(f"_{teacher}")), key=len, default=None)
+    return (None, None) if teacher is None else (key.removesuffix(f"_{teacher}"), teacher)
+
+
 def by_teacher(results, section, logs):
     """The lines of a table of teachers by methods, where a section has `teachers`; its runs are <method>_<teacher>.
 
@@ -82,19 +88,20 @@ def by_teacher(results, section, logs):
     path = results / section.get("ranking", "")
     try:
         ranks = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        ranks = {entry["teacher"]: entry for entry in ranks if entry["teacher"] in teachers}
-    except (ValueError, KeyError, TypeError) as error:
+        ranks = {entry["teacher"]: [f"{entry['cka_before'][-1]:.2f} to {entry['cka_after'][-1]:.2f}",
+                                    f"{entry['probe_top1']:.2f}"] for entry in ranks if entry["teacher"] in teachers}
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: not what rank_teachers.py writes ({error!r})") from None
-    methods = list(dict.fromkeys(key.partition("_")[0] for key in logs if key.partition("_")[2] in teachers))
+    runs = {key: method_and_teacher(key, teachers) for key in logs}
+    methods = list(dict.fromkeys(method for method, _ in runs.values() if method is not None))
     probe = ["CKA, last stage, before and after a probe", "probe's top-1"] if ranks else []
     heads = ["teacher", "top-1", *probe, *methods]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for teacher in dict.fromkeys([*ranks, *teachers]):
-        top1, entry = teachers[teacher], ranks.get(teacher)
+        top1 = teachers[teacher]
         cells = [teacher, "not run" if top1 is None else f"{top1:.2f}"]
         if ranks:
-            cells += [f"{entry['cka_before'][-1]:.2f} to {entry['cka_after'][-1]:.2f}",
-                      f"{entry['probe_top1']:.2f}"] if entry else ["–", "–"]
+            cells += ranks.get(teacher, ["–", "–"])
         for method in methods:
             seeds = [log[-1]["top1"] for log in logs.get(f"{method}_{teacher}", ())]
             cells.append(spread(seeds) if seeds else "not run" if f"{method}_{teacher}" in logs else "–")
@@ -122,11 +129,11 @@ def curves(section, logs):
                 stages.setdefault(f"stage {stage}", {})[key] = [
                     (epochs, [entry[column] for entry in entries], "-"),
                     (epochs, [entry[f"ratio_{stage}"] for entry in entries], "--")]
-        method, _, teacher = key.partition("_")
-        if section.get("teachers", {}).get(teacher) is not None:  # the run's name is method_teacher
-            teachers.setdefault(method, {})[section["teachers"][teacher]] = [log[-1]["top1"] for log in seeds]
+        method, teacher = method_and_teacher(key, section.get("teachers", {}))
+        if teacher is not None and section["teachers"][teacher] is not None:
+            teachers.setdefault(method, []).append((section["teachers"][teacher], [log[-1]["top1"] for log in seeds]))
     for method in teachers:
-        points = sorted(teachers[method].items())
+        points = sorted(teachers[method])
         means = [(x, statistics.mean(tops)) for x, tops in points]
         bars = [((x, x), (min(tops), max(tops)), "-") for x, tops in points if len(tops) > 1]
         teachers[method] = [(*zip(*means), "o-"), *bars]
@@ -189,7 +196,7 @@ def main(argv=None):
         load_list(path)
         if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEAD[:60]):
             raise ValueError(f"{page} is not of utils.report; move it, or put the list into a folder of its own")
-        checkpoint.write(page, report(path))
+        checkpoint.write(page, report(path), str(path))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

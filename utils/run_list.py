@@ -49,6 +49,8 @@ def load_list(path):
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: not a mapping of sections")
     for name, section in sections.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: {name!r} is not a name; in quotes it is")
         if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
         seeds = section.get("seeds", [0])
@@ -97,10 +99,18 @@ def in_turn(sections):
     return [(run, arguments) for _, run, arguments in sorted(runs, key=lambda entry: entry[0])]
 
 
+def saved_settings(folder):
+    """The settings of the run in the folder, as a dict. Raises ValueError, a line that names their file."""
+    try:
+        return yaml.load((folder / "config.yaml").read_text(), NumberLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder}/config.yaml: {one_line(error)}") from None
+
+
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
-    lines, config = read_log(Path(folder, "log.jsonl")), Path(folder, "config.yaml")
-    settings = yaml.safe_load(config.read_text()) if len(lines) > 1 and config.exists() else None
+    lines = read_log(folder / "log.jsonl")
+    settings = saved_settings(folder) if len(lines) > 1 and (folder / "config.yaml").exists() else None
     return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
 
 
@@ -121,8 +131,7 @@ def check_results(folder, arguments, root):
     A setting that one of the two does not know says nothing, but for those of the distiller.
     """
     asked = dataclasses.asdict(settings_of(arguments, root))
-    done = yaml.load((folder / "config.yaml").read_text(), NumberLoader)
-    asked, done = (flatten(with_all_defaults(settings)) for settings in (asked, done))
+    asked, done = (flatten(with_all_defaults(settings)) for settings in (asked, saved_settings(folder)))
     keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
     for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
         if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
@@ -236,6 +245,8 @@ def main(argv=None):
         if code == 1:  # a loss that is not finite concerns this run alone
             failed.append(run)
             continue
+        if code == 3:
+            continue  # another process trains its teacher
         if code:
             return code
         if not finished(folder):

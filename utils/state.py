@@ -46,13 +46,13 @@ def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
     Raises InputError where the file is corrupt, where its settings differ from cfg in a key (such as "optimizer.lr")
-    that is not in `ignored`, and where there is a student.pth but no latest.pth.
+    that is not in `ignored`, and where there are results but no latest.pth.
     """
     path = folder / "latest.pth"
     if not path.exists():
-        if (folder / "student.pth").exists():  # a finished run would be trained again, over its results
-            raise InputError("name", f"{folder} has a student.pth but no latest.pth to go on from; give another "
-                             "name=..., or delete the folder")
+        if (folder / "student.pth").exists() or read_log(folder / "log.jsonl")[1:]:  # they would be written over
+            raise InputError("name", f"{folder} has results but no latest.pth to go on from; give another name=..., "
+                             "or move the folder away")
         return None
     try:
         state = checkpoint.load(path, "name")
@@ -60,9 +60,9 @@ def load_state(cfg, folder, ignored):
         if missing:
             raise KeyError(f"no {missing[0]} in it")
         theirs, ours = (flatten(with_all_defaults(config)) for config in (state["config"], dataclasses.asdict(cfg)))
-    except (InputError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move it "
-                         "away, or give another name=...") from None
+    except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move "
+                         "the folder away, or give another name=...") from None
     for key in sorted(theirs.keys() | ours.keys()):
         if key not in ignored and theirs.get(key) != ours.get(key):
             raise InputError(key, f"{ours.get(key)!r} now, {theirs.get(key)!r} in {path}; to start another run give "

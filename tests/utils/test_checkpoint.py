@@ -272,8 +272,9 @@ def test_another_number_of_classes_is_refused_with_both_shapes(tmp_path):
     {"student.other": torch.ones(2)}, [torch.ones(2)]])
 def test_a_file_without_weights_of_the_network_is_refused(tmp_path, content):
     path = file(tmp_path / "t.pth", content)
-    with fails(path, "no weights of resnet8"):
+    with fails(path, "no weights of resnet8") as raised:
         load(path)
+    assert ("it begins with" in str(raised.value)) == bool(checkpoint.network_weights(content))
 
 
 def test_a_number_in_the_place_of_a_tensor_is_refused(tmp_path, weights):
@@ -343,6 +344,8 @@ def test_a_place_where_one_cannot_write_is_named(tmp_path, place):
     path = tmp_path / place
     with fails("cannot write", path, key="runs"):
         checkpoint.write(path, "text")
+    with fails("cannot write", path, key="--out"):
+        checkpoint.write(path, "text", "--out")
     with fails("cannot write", path, key="runs"):
         checkpoint.save(path, {"epoch": 1})
     with fails("cannot write", path, key="runs"):

@@ -1,6 +1,8 @@
 import dataclasses
 import functools
+import os
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +213,15 @@ def test_arguments_of_several_types():
             check_arguments(schema, arguments, "distiller.")
 
 
+def test_annotations_of_a_distiller_may_be_missing_or_texts():
+    def schema(self, student, teacher, *, plain=3, weight: "float" = 1.0, anything: typing.Any = None):
+        pass
+
+    check_arguments(schema, {"plain": "x", "weight": 2, "anything": [1]}, "distiller.")
+    with fails("distiller.weight", "'x'", "valid: float"):
+        check_arguments(schema, {"weight": "x"}, "distiller.")
+
+
 # Files
 
 
@@ -224,6 +235,7 @@ def test_arguments_of_several_types():
     (b"\x00\x01\x02", ["is not YAML"]),
     (b"count: 2020-13-45", ["is not YAML", "month"]),
     (b"count: 0b_", ["is not YAML"]),
+    (b"table: !!map [a]", ["is not YAML"]),
     (b"count: " + 500 * b"[", ["is not YAML"]),
     (b"- name", ["holds a list", "valid: a mapping"]),
     (b"", ["holds a NoneType", "valid: a mapping"]),
@@ -253,6 +265,14 @@ def test_overrides_replace_the_file_and_the_last_one_wins(tmp_path):
     text = "{count: 2, branch: {leaf: {rate: 0.5, kind: cosine}}, table: {name: kd, weight: 2}}"
     config = load(tmp_path, text, "branch.leaf.rate=1e-2", "count=7", "count=8", "table.weight=3", "name=a=b")
     assert config == Tree("a=b", 8, Branch(Leaf(rate=0.01, kind="cosine")), {"name": "kd", "weight": 3})
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("my runs #2", "my runs #2"), ("'my runs #2'", "my runs #2"), (" a  b ", "a  b"), ("''", ""), ("!!str 5", "5"),
+    ("", ""), ("#2", ""), ("~/runs", os.path.expanduser("~/runs")), ("'~/runs'", os.path.expanduser("~/runs")),
+    ("a~/runs", "a~/runs")])
+def test_a_text_is_meant_to_its_end_and_may_begin_at_home(tmp_path, text, value):
+    assert load(tmp_path, "{}", f"name={text}").name == value
 
 
 def test_an_override_makes_the_section_that_the_file_lacks(tmp_path):

@@ -114,6 +114,16 @@ def test_student_over_teacher():
     assert report.curves(section, logs)["accuracy"][1][""]["kd_plaincnn4"] == [([1], [30.0], "-")]  # the first seed's
 
 
+def test_teachers_of_one_accuracy_and_methods_with_an_underscore():
+    section = {"teachers": {"a": 50.0, "b": 50.0, "wide_b": 60.0}}
+    logs = {key: [[{}, {"epoch": 1, "top1": top1}]] for key, top1 in
+            [("kd_a", 30.0), ("kd_b", 40.0), ("dpk_small_b", 41.0), ("kd_wide_b", 42.0), ("a", 1.0)]}
+    assert report.curves(section, logs)["teachers"][1] == {"": {
+        "kd": [((50.0, 50.0, 60.0), (30.0, 40.0, 42.0), "o-")], "dpk_small": [((50.0,), (41.0,), "o-")]}}
+    assert report.by_teacher(Path(), section, logs)[4:-1] == [
+        "| a | 50.00 | 30.00 | – |", "| b | 50.00 | 40.00 | 41.00 |", "| wide_b | 60.00 | 42.00 | – |"]
+
+
 def test_cka_and_ratio_have_a_panel_a_stage():
     log = [{}, *({"epoch": i, "top1": 1.0, "cka_1": 0.1 * i, "ratio_1": 0.9, "cka_2": 0.5, "ratio_2": 0.5}
                  for i in (1, 2))]
@@ -139,9 +149,10 @@ def test_students_by_teacher_and_method(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(entry | {"teacher": "plaincnn10"}) + "\n")
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
     assert lines[5] == "| plaincnn4 | 40.00 | – | – | 31.00 ± 1.41 | – |"  # not ranked, and there all the same
-    (tmp_path / "r.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="r.jsonl"):
-        report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
+    for text in "{", '{"teacher": "plaincnn4"}', json.dumps(entry | {"teacher": "plaincnn4", "cka_after": []}):
+        (tmp_path / "r.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="r.jsonl"):
+            report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
 
 
 def test_first_seeds_come_first_in_all_sections():
@@ -276,6 +287,14 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
     assert run_list.main(["results/runs.yaml"]) == 2
 
 
+def test_a_run_whose_teacher_another_process_trains_is_passed_over(teacher_and_student, monkeypatch):
+    fake, codes = run_list.train, iter([3, 0])
+    monkeypatch.setattr(run_list, "train", lambda *arguments: (3, False) if next(codes) else fake(*arguments))
+    Path("results/runs.yaml").write_text("a: {title: A, runs: {b: t.yaml, c: o.yaml}}")
+    assert run_list.main(["results/runs.yaml"]) == 0
+    assert teacher_and_student == ["a_c_s0"]
+
+
 @pytest.mark.parametrize("text, words", [
     ("- 1", "mapping"), ("a: 3", "needs title and runs"), ("a: {title: b, runs: {}, sedes: [1]}", "may have common"),
     ("a: {title: b, runs: [x.yaml]}", "a: runs: not a mapping"),
@@ -295,6 +314,7 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
     ("a: {title: b, runs: {}, text: }", "a: text: None"),
     ("a: {title: b, runs: {}, published: [1]}", "a: published"),
     ("a: {title: b, runs: {0.5: x.yaml}}", "a: 0.5 is not a name"),
+    ("2024: {title: b, runs: {}}", "2024 is not a name"),
     ("a: {title: b, runs: {}, runs: {c: x.yaml}}", "runs is there twice"),
     ("a: {title: b, runs: {b_c: x.yaml}}\na_b: {title: b, runs: {c: x.yaml}}", "two runs are called a_b_c_s0")])
 def test_a_bad_list_names_the_section(tmp_path, text, words):
@@ -333,6 +353,15 @@ def test_results_of_other_overrides_are_not_those_asked_for(teacher_and_student,
     write_run(tmp_path / "results", "teachers_t_s0", [1.0, 70.0])
     assert run_list.main(["results/runs.yaml", "epochs=3"]) == 2
     assert "teachers_t_s0 is of another run: epochs is 2 there, 3 was asked for" in capsys.readouterr().err
+
+
+def test_settings_in_results_that_are_not_yaml_are_named(listed, capsys):
+    write_run(listed.parent, "small_second_s0", [1.0, 70.0])
+    (listed.parent / "small_second_s0/config.yaml").write_text("<<<<<<< HEAD\nepochs: 2\n")
+    for program in run_list, report:
+        assert program.main([str(listed)]) == 2
+        error = capsys.readouterr().err
+        assert "small_second_s0/config.yaml" in error and error.count("\n") == 1
 
 
 def test_another_readme_is_not_written_over(listed, capsys):

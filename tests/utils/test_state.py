@@ -119,11 +119,11 @@ def test_a_file_that_lacks_a_key_is_refused(tmp_path):
             load_state(Settings(), tmp_path, set())
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", None])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a file", {"no": "config"}, torch.ones(2), [], 3])
 def test_a_corrupt_file_is_kept(tmp_path, content):
     path = tmp_path / "latest.pth"
-    checkpoint.save(path, {"no": "config"})
-    if content is not None:
+    checkpoint.save(path, content)
+    if isinstance(content, bytes):
         path.write_bytes(content)
     before = path.read_bytes()
     with pytest.raises(InputError, match="is corrupt and was left as it is"):
