@@ -118,8 +118,12 @@ def check_teacher_file(cfg):
     if not cfg.teacher.train:
         file = cfg.teacher.cfg or f"yaml/ce_{cfg.teacher.name}.yaml"
         try:
-            check_student(cfg.teacher.name, load_config(Settings, file))
-            how = f"train it: python train_cifar.py --cfg {file} (or set teacher.train=true; or name a published file)"
+            other = load_config(Settings, file)
+            check_student(cfg.teacher.name, other)
+            trained = Path(other.runs, other.name or Path(file).stem, "student.pth")
+            then = "" if trained == path else f"then teacher.checkpoint={trained}; "
+            how = (f"train it: python train_cifar.py --cfg {file} ({then}or set teacher.train=true; or name a "
+                   "published file)")
         except InputError:  # no such file, or another network's
             how = "name another file, or a YAML file that trains it: teacher.cfg=FILE teacher.train=true"
         raise InputError("teacher.checkpoint", f"{path} is missing; {how}")

@@ -19,6 +19,7 @@ import yaml
 import train_cifar
 from models import MODELS
 from utils import checkpoint, engine, stopping
+from utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
@@ -685,7 +686,7 @@ def test_settings_of_a_longer_run_are_said_to_be(config, capsys):
     path = config("dpk", epochs=1, optimizer={"milestones": [150, 180]}, connectors=connectors)
     assert train_cifar.main(["--cfg", path]) == 0
     assert capsys.readouterr().err.splitlines() == [
-        "optimizer.milestones: 150, 180 not before the end of 1 epochs",
+        "optimizer.milestones: 150, 180 never reached in a run of 1 epochs",
         "connectors.warmup_epochs: 20 epochs of warm-up do not end within the run's 1"]
     path = config("dkd", name="dkd.yaml", epochs=1)
     assert train_cifar.main(["--cfg", path, "name=second"]) == 0
@@ -746,6 +747,15 @@ def test_a_teacher_is_not_trained_by_the_file_of_another_network(config, tmp_pat
     assert not (tmp_path / "no.pth").exists() and not (tmp_path / "runs/other").exists()
     error = refused(capsys, path)
     assert "no.pth is missing" in error and "train it" not in error and "teacher.cfg=FILE" in error
+
+
+def test_a_missing_teacher_comes_with_the_command_that_trains_it():
+    cfg = train_cifar.read_settings(ROOT / "yaml/kd_res32x4_res8x4.yaml")
+    trained = "runs/ce_resnet32x4/student.pth"
+    for cfg.teacher.checkpoint, then in (trained, "or set"), ("nope.pth", f"then teacher.checkpoint={trained}; or set"):
+        with pytest.raises(InputError) as raised:
+            train_cifar.check_teacher_file(cfg)
+        assert f"train it: python train_cifar.py --cfg yaml/ce_resnet32x4.yaml ({then} teach" in str(raised.value)
 
 
 def test_a_bad_companion_file_is_named(config, tmp_path, capsys):

@@ -64,7 +64,7 @@ def load(path, key):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(key, f"{path} is missing") from None
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise InputError(key, f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError as error:
         # The reason follows torch's advice to load the file unsafely.

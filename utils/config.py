@@ -65,7 +65,8 @@ def load_config(cls, path, overrides=()):
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, or a date such as 2020-13-45
         raise InputError("--cfg", f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise InputError("--cfg", f"{path} holds a {type(values).__name__}; valid: a mapping of settings")
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise InputError("--cfg", f"{path} {found}; valid: a mapping of settings")
     for override in overrides:
         _override(values, override)
     return build(cls, values)
@@ -162,7 +163,7 @@ def _is_a(value, annotation):
         return type(value) in (int, float) and abs(value) < 2**1024  # finite, and an int not too large for a float
     if annotation is int:
         return type(value) is int
-    return isinstance(value, annotation)
+    return isinstance(value, typing.get_origin(annotation) or annotation)
 
 
 def _names(cls):

@@ -71,7 +71,7 @@ def warn_of_settings(cfg):
               "authors use an AdamW of their own: connectors.optimizer=adamw", file=sys.stderr)
     late = [milestone for milestone in cfg.optimizer.milestones if milestone >= cfg.epochs]
     if cfg.optimizer.schedule == "step" and late:
-        print(f"optimizer.milestones: {', '.join(map(str, late))} not before the end of {cfg.epochs} epochs",
+        print(f"optimizer.milestones: {', '.join(map(str, late))} never reached in a run of {cfg.epochs} epochs",
               file=sys.stderr)
     warm_ups = {"optimizer.warmup_epochs": cfg.optimizer.warmup_epochs,
                 "distiller.warmup_epochs": cfg.distiller.get("warmup_epochs", 0)}

@@ -18,7 +18,8 @@ from utils.run_list import check_results, finished, load_list, runs_of
 
 HEAD = """# Results
 
-Written by `python -m utils.report` from the logs in the folders beside this file; the runs are listed in `runs.yaml`.
+Written by `python -m utils.report` from the logs in the folders beside this file; its argument is the list of the runs,
+`runs.yaml`.
 Top-1 is that of the last epoch, in per cent, mean ± standard deviation over n seeds; the best epoch stands beside it.
 Runs may have shared their machine with other work: do not read their times as speeds.
 """
@@ -197,6 +198,7 @@ def main(argv=None):
         if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEAD[:60]):
             raise ValueError(f"{page} is not of utils.report; move it, or put the list into a folder of its own")
         checkpoint.write(page, report(path), str(path))
+        print(f"{page}: written")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

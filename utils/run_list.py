@@ -5,10 +5,10 @@
 The list is a YAML file of sections: `title`, `text`, `common` overrides, `seeds`, and `runs`, a mapping of names to a
 YAML file with overrides of its own; `published` figures of runs; `teachers` and `ranking`, for utils/report.py. In the
 order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
-device=…) are for every run. A run that is finished leaves its log and its settings in results/<name>/; the next call
-goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the results are
-there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes may share a
-list: each passes over the runs that others are working on, and those that need them as teachers.
+device=…) are for every run. A run that is finished leaves its log and its settings in a folder beside the list; the
+next call goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the
+results are there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes
+may share a list: each passes over the runs that others are working on, and those that need them as teachers.
 """
 
 import argparse
@@ -114,24 +114,18 @@ def finished(folder):
     return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
 
 
-def settings_of(arguments, root):
-    """The settings that the arguments ask for. Raises ValueError, a line that names the YAML file and the key."""
-    _, cfg, *overrides = arguments
-    try:
-        settings = load_config(train_cifar.Settings, root / cfg, overrides)
-        engine.check_distiller(settings)
-    except InputError as error:
-        raise ValueError(f"{cfg}: {error}") from None
-    return settings
-
-
 def check_results(folder, arguments, root):
-    """Raise ValueError where the results in the folder are of another run than that of the arguments.
+    """Raise ValueError, a line, where the results in the folder are of another run than that of the arguments.
 
     A setting that one of the two does not know says nothing, but for those of the distiller.
     """
-    asked = dataclasses.asdict(settings_of(arguments, root))
-    asked, done = (flatten(with_all_defaults(settings)) for settings in (asked, saved_settings(folder)))
+    _, cfg, *overrides = arguments
+    try:
+        asked = load_config(train_cifar.Settings, root / cfg, overrides)
+        engine.check_distiller(asked)
+    except InputError as error:
+        raise ValueError(f"{folder}: {cfg}: {error}") from None
+    asked, done = (flatten(with_all_defaults(config)) for config in (dataclasses.asdict(asked), saved_settings(folder)))
     keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
     for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
         if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
@@ -168,6 +162,24 @@ def unfinished(runs, makers, results, root, overrides=()):
         else:
             add(run, arguments)
     return queue
+
+
+def check(path, queue, makers, root, overrides=()):
+    """Raise ValueError, a line that names the list `path`, the run, the YAML file and the key, where one of the queue
+    could not begin.
+    """
+    checked = set()
+    for run, (_, cfg, *own) in queue:
+        settings = cfg, *(a for a in (*own, *overrides) if not a.startswith(("seed=", "name=")))
+        if settings in checked:
+            continue
+        checked.add(settings)
+        try:
+            asked = train_cifar.read_settings(root / cfg, settings[1:])
+            if asked.teacher.checkpoint not in makers:
+                train_cifar.check_teacher_file(asked)
+        except InputError as error:
+            raise ValueError(f"{path}: {run}: {cfg}: {error}") from None
 
 
 def train(command, folder):
@@ -214,11 +226,7 @@ def main(argv=None):
         makers = {f"{args.runs}/{run}/student.pth": (run, arguments) for run, arguments in entries(sections)}
         chosen = entries({name: section for name, section in sections.items() if name in only})
         queue = unfinished(chosen, makers, results, root, args.overrides)
-        for run, arguments in queue:  # now, and not when its turn comes
-            try:
-                settings_of([*arguments, *args.overrides], root)
-            except ValueError as error:
-                raise ValueError(f"{args.list}: {run}: {error}") from None
+        check(args.list, queue, makers, root, args.overrides)  # now, and not when a run's turn comes
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -248,6 +256,7 @@ def main(argv=None):
         if code == 3:
             continue  # another process trains its teacher
         if code:
+            print(f"error: {args.list}: {run} ended with {code}", file=sys.stderr)
             return code
         if not finished(folder):
             return 0  # stopped in time, or by a signal

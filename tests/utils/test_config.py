@@ -214,10 +214,11 @@ def test_arguments_of_several_types():
 
 
 def test_annotations_of_a_distiller_may_be_missing_or_texts():
-    def schema(self, student, teacher, *, plain=3, weight: "float" = 1.0, anything: typing.Any = None):
+    def schema(self, student, teacher, *, plain=3, weight: "float" = 1.0, anything: typing.Any = None,
+               table: dict[str, int] = None):
         pass
 
-    check_arguments(schema, {"plain": "x", "weight": 2, "anything": [1]}, "distiller.")
+    check_arguments(schema, {"plain": "x", "weight": 2, "anything": [1], "table": {"a": 1}}, "distiller.")
     with fails("distiller.weight", "'x'", "valid: float"):
         check_arguments(schema, {"weight": "x"}, "distiller.")
 
@@ -238,8 +239,8 @@ def test_annotations_of_a_distiller_may_be_missing_or_texts():
     (b"table: !!map [a]", ["is not YAML"]),
     (b"count: " + 500 * b"[", ["is not YAML"]),
     (b"- name", ["holds a list", "valid: a mapping"]),
-    (b"", ["holds a NoneType", "valid: a mapping"]),
-    (b"# a comment alone\n", ["holds a NoneType", "valid: a mapping"]),
+    (b"", ["is empty", "valid: a mapping"]),
+    (b"# a comment alone\n", ["is empty", "valid: a mapping"]),
     (b"a name", ["holds a str", "valid: a mapping"]),
     (b"3", ["holds a int", "valid: a mapping"]),
 ])

@@ -253,6 +253,13 @@ def test_a_mistake_is_found_before_the_first_run(teacher_and_student, capsys):
     assert run_list.main(["results/runs.yaml"]) == 2 and not teacher_and_student
     error = capsys.readouterr().err
     assert error.startswith("error: results/runs.yaml: last_l_s0: o.yaml: optimiser") and "nearest: optimizer" in error
+    for setting, words in (("'distiller={name: dpk, stages: [{student: 9}]}'", "the student has no map 9"),
+                           ("distiller.name=kd", "teacher.checkpoint: nowhere.pth is missing")):
+        sections["last"]["runs"]["l"] = f"o.yaml {setting} teacher.name=resnet8 teacher.checkpoint=nowhere.pth"
+        Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+        assert run_list.main(["results/runs.yaml"]) == 2 and not teacher_and_student
+        error = capsys.readouterr().err
+        assert error.startswith("error: results/runs.yaml: last_l_s0: o.yaml: ") and words in error
 
 
 def test_results_that_cannot_be_written_are_said_to_be_kept(teacher_and_student, tmp_path, capsys):
@@ -285,6 +292,7 @@ def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_stude
     assert teacher_and_student == ["other_o_s0"] and "failed: teachers_t_s0" in capsys.readouterr().out
     codes["teachers_t_s0"] = 2  # bad input, most likely that of all runs
     assert run_list.main(["results/runs.yaml"]) == 2
+    assert "error: results/runs.yaml: teachers_t_s0 ended with 2" in capsys.readouterr().err
 
 
 def test_a_run_whose_teacher_another_process_trains_is_passed_over(teacher_and_student, monkeypatch):
