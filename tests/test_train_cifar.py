@@ -634,7 +634,7 @@ def refused(capsys, *arguments):
     ("teacher.name=resnet21", ["teacher.name", "resnet20"]),
     ("distiller.name=kdd", ["distiller.name", "ce, kd, fitnet, at,"]),
     ("distiller.temprature=4", ["distiller.temprature", "nearest: temperature"]),
-    ("distiller.temperature=0", ["distiller", "temperature"]),
+    ("distiller.temperature=0", ["distiller.temperature: 0"]),
     ("distiller.kd_weight=-1", ["distiller", "negative"]),
     ("distiller.stages=[{student: 7}]", ["the student has no map 7", "2 of 64×8×8"]),
     ("distiller.stages=[{studnt: 1}]", ["nearest: student"]),

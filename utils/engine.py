@@ -103,6 +103,9 @@ def build_distiller(cfg, student, teacher, **known):
     try:
         built = distiller(student, teacher, **arguments)
     except ValueError as error:
+        key, _, message = str(error).partition(": ")
+        if key in inspect.signature(distiller).parameters:
+            raise InputError(f"distiller.{key}", message) from None
         raise InputError("distiller", str(error)) from None
     if teacher in built.modules():
         raise InputError("distiller", f"{cfg.distiller['name']} holds the teacher as a module: train() would move its "
