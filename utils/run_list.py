@@ -168,14 +168,14 @@ def check(path, queue, makers, root, overrides=()):
     """Raise ValueError, a line that names the list `path`, the run, the YAML file and the key, where one of the queue
     could not begin.
     """
-    checked = set()
+    checked = []
     for run, (_, cfg, *own) in queue:
-        settings = cfg, *(a for a in (*own, *overrides) if not a.startswith(("seed=", "name=")))
-        if settings in checked:
+        own = [a for a in (*own, *overrides) if not a.startswith(("seed=", "name="))]
+        if (cfg, own) in checked:
             continue
-        checked.add(settings)
+        checked.append((cfg, own))
         try:
-            asked = train_cifar.read_settings(root / cfg, settings[1:])
+            asked = train_cifar.read_settings(root / cfg, own)
             if asked.teacher.checkpoint not in makers:
                 train_cifar.check_teacher_file(asked)
         except InputError as error:
