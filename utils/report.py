@@ -139,7 +139,7 @@ def curves(section, logs):
         teachers[method] = [(*zip(*means), "o-"), *bars]
     return {"accuracy": (("epoch", "top-1 in per cent"), {"": accuracy}),
             "ratio": (("epoch", "CKA (solid) and ratio (dashed)"), dict(sorted(stages.items()))),
-            "teachers": (("teacher's top-1 in per cent", "student's"), {"": teachers})}
+            "teachers": (("teacher's top-1 in per cent", "student's top-1 in per cent"), {"": teachers})}
 
 
 def draw(results, name, title, figures):
@@ -151,7 +151,8 @@ def draw(results, name, title, figures):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = pyplot.get_cmap("tab20").colors
+    shades = pyplot.get_cmap("tab20").colors  # in pairs of a dark and a light one
+    colors = shades[::2] + shades[1::2]
     for kind, ((x_label, y_label), panels) in figures.items():
         labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
         if sum(len(lines) for panel in panels.values() for lines in panel.values()) > 1:
