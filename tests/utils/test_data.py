@@ -241,7 +241,7 @@ def cifar_arrays(num_classes, n=6):
     arrays = {"classes": np.array([f"class{i}" for i in range(num_classes)])}
     for split in ("train", "test"):
         arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = rng.integers(0, num_classes, n)
+        arrays[f"{split}_labels"] = np.array([0, num_classes - 1, *rng.integers(0, num_classes, n - 2)])
     return arrays
 
 
@@ -305,7 +305,8 @@ def test_an_npz_that_was_not_written_to_its_end_has_not_its_name(tmp_path, monke
         ({"test_labels": np.zeros(5, np.int64)}, ["6 test_images, 5 test_labels"]),
         ({"train_labels": np.full(6, 100)}, ["train_labels", "100", "0 .. 99"]),
         ({"train_labels": np.full(6, -1)}, ["train_labels", "-1"]),
-        ({"classes": None}, ["classes"]),
+        ({"classes": None}, ["not an array of 100 names"]),
+        ({"classes": np.arange(100)}, ["not an array of 100 names"]),
         ({"classes": np.array(["cat"] * 10)}, ["classes", "100"]),
         ({"classes": np.array(["cat"] * 100, object)}, ["pickle"]),
     ],
