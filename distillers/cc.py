@@ -35,6 +35,7 @@ class CC(nn.Module):
     """ce_weight · CE + cc_weight · CC on the pooled features, each through a learned linear layer to `dim`.
 
     label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
+    student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "cc": scalar}), weighted.
     Raises ValueError for a negative weight, a dim below 1, a label_smoothing outside 0 to 1.
     """
@@ -58,6 +59,10 @@ class CC(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

@@ -44,9 +44,9 @@ def gather(tensor):
 class Memory(nn.Module):
     """The embeddings of all training images of both networks, as they were when last seen.
 
-    forward(student (B, D), teacher (B, D), targets (B,), index (B,)) -> scalar, and the banks are brought up to date.
-    The embeddings have length 1; index: which training image each is. Under torch.distributed all processes update the
-    banks with the images of all of them, so that these stay the same everywhere.
+    forward(student (B, D), teacher (B, D), targets (B,), index (B,)) -> scalar, and in train mode the banks are brought
+    up to date. The embeddings have length 1; index: which training image each is. Under torch.distributed all processes
+    update the banks with the images of all of them, so that these stay the same everywhere.
     """
 
     def __init__(self, num_samples, dim, negatives, temperature, momentum):
@@ -63,18 +63,20 @@ class Memory(nn.Module):
 
         One product with the whole bank, of which these are picked: gathering (B, 1 + K, D) moves far more memory.
         """
-        scores = (anchors @ bank.T).gather(1, chosen).div(self.temperature).exp()
+        scores = (anchors @ bank.T.to(anchors.dtype)).gather(1, chosen).div(self.temperature).exp()
         Z = scores.detach().mean() * len(bank)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(Z)
             Z = Z / dist.get_world_size()
-        self.Z[which] = torch.where(self.Z[which] == 0, Z, self.Z[which])  # set once, by the first batch
-        return scores / self.Z[which].clone()
+        Z = torch.where(self.Z[which] == 0, Z, self.Z[which])  # set once, by the first batch
+        if self.training:
+            self.Z[which] = Z
+        return scores / Z
 
     @torch.no_grad()
     def update(self, bank, embedded, index):
         moved = self.momentum * bank[index] + (1 - self.momentum) * embedded
-        bank[index] = F.normalize(moved)
+        bank[index] = F.normalize(moved).to(bank.dtype)
 
     def forward(self, student, teacher, targets, index):
         with torch.autocast(student.device.type, enabled=False):
@@ -82,10 +84,11 @@ class Memory(nn.Module):
             loss = sum(contrast_loss(self.scores(anchors, bank.clone(), chosen, which), len(bank))  # updated below
                        for which, (anchors, bank) in enumerate(((student, self.teacher_bank),
                                                                 (teacher, self.student_bank))))
-        everyone = gather(index)
-        self.labels[everyone] = gather(targets)
-        self.update(self.student_bank, gather(student.detach()), everyone)
-        self.update(self.teacher_bank, gather(teacher.detach()), everyone)
+        if self.training:
+            everyone = gather(index)
+            self.labels[everyone] = gather(targets)
+            self.update(self.student_bank, gather(student.detach()), everyone)
+            self.update(self.teacher_bank, gather(teacher.detach()), everyone)
         return loss
 
 
@@ -107,6 +110,7 @@ class CRD(nn.Module):
 
     negatives, temperature, momentum: K, τ and the momentum of the banks. num_samples: how many training images there
     are. label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
+    student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,), index (B,)) -> (logits (B, K), {"ce": scalar, "crd": scalar}), weighted;
     index: which training image each is, from 0 to num_samples − 1.
     Raises ValueError for a negative weight, a number below 1, a temperature or momentum out of range, a label_smoothing
@@ -139,6 +143,10 @@ class CRD(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets, index):
         with torch.no_grad():

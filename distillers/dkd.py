@@ -64,6 +64,10 @@ class DKD(nn.Module):
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
 
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
+
     def set_epoch(self, epoch):
         """For the warm-up: call before each epoch, from 0."""
         self.warmup = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0

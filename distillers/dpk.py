@@ -174,7 +174,7 @@ class Encoder(nn.Module):
 
     def forward(self, feature_map, positions):
         x = self.embed(feature_map).flatten(2).transpose(1, 2)  # (B, N, dim)
-        x = x + sinusoid_positions(x.shape[1], x.shape[2], x.device)
+        x = x + sinusoid_positions(x.shape[1], x.shape[2], x.device).to(self.embed.weight.dtype)
         mask = None
         if positions.dtype == torch.bool:  # where a sample has none, let them all see each other: softmax needs one
             mask = (positions | ~positions.any(1, keepdim=True))[:, None, None]  # (B, 1, 1, N), of the keys
@@ -197,7 +197,8 @@ class DPKStage(nn.Module):
 
     encoder, decoder: (dim, depth, heads). ratio: None for π = 1 − CKA ("dynamic"), or a fixed share of 0 to 1.
     min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,
-    4). teacher_tokens=False: ablation, the teacher's positions stay empty.
+    4). One token at least stays the student's, even where the map has no more than min_tokens.
+    teacher_tokens=False: ablation, the teacher's positions stay empty.
     masked=True: tokens are hidden from attention rather than dropped. The loss is the same and the work more, but no
     shape depends on CKA and nothing waits for the device, as a CUDA graph needs. `cka` is then a tensor, and so is a π
     that follows from it.
@@ -257,8 +258,8 @@ class DPKStage(nn.Module):
             return self.ratio, int(num_tokens * self.ratio)
         ratio = prior_ratio(self.cka, self.min_ratio, self.fallback_ratio)
         if isinstance(ratio, torch.Tensor):
-            return ratio, (num_tokens * ratio).floor().clamp(self.min_tokens, num_tokens)
-        return ratio, min(max(int(num_tokens * ratio), self.min_tokens), num_tokens)
+            return ratio, (num_tokens * ratio).floor().clamp(self.min_tokens, num_tokens - 1)
+        return ratio, min(max(int(num_tokens * ratio), self.min_tokens), num_tokens - 1)
 
     def forward(self, student_map, teacher_map, cka=None):
         teacher_map = teacher_map.detach()
@@ -288,7 +289,7 @@ class DPKStage(nn.Module):
             hybrid = torch.where(given.unsqueeze(-1), prior, hybrid)
         else:
             hybrid = select(torch.cat([prior, hybrid], 1), place)  # every token back at its position
-        hybrid = hybrid + sinusoid_positions(N, hybrid.shape[2], hybrid.device)
+        hybrid = hybrid + sinusoid_positions(N, hybrid.shape[2], hybrid.device).to(self.stitch.weight.dtype)
 
         loss = F.mse_loss(self.decoder(hybrid).float(), target.float())  # over all N tokens
         return loss, ratio
@@ -342,6 +343,7 @@ class DPK(nn.Module):
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the images, for the shapes of the maps.
     masked: see DPKStage; train_cifar.py sets it where it runs a step as one CUDA graph.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "kd", "dpk_<teacher's map>": scalars}),
     weighted; `metrics` then holds CKA and π of each stage, as floats, or where `masked` as tensors.
     Raises ValueError, which names the argument, for a value out of range, an unknown ratio or key of a stage, and
@@ -403,6 +405,10 @@ class DPK(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def set_epoch(self, epoch):
         """For the scheduled ratios: call before each epoch, from 0."""

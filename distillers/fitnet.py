@@ -47,6 +47,7 @@ class FitNet(nn.Module):
 
     student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, a stage that a network lacks, and for
     maps that no regressor joins.
@@ -77,6 +78,10 @@ class FitNet(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

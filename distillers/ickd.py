@@ -55,6 +55,7 @@ class ICKD(nn.Module):
     The projector (convolution without bias, BatchNorm) takes the student's map to the teacher's channels; the
     teacher's map is not projected. projector_kernel: 1 on CIFAR, 3 on ImageNet. "Without KL" is kd_weight = 0.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce", "icc", "kd": scalars}), weighted.
     Raises ValueError for a temperature that is not positive, a negative weight, an even kernel, a label_smoothing
     outside 0 to 1.
@@ -88,6 +89,10 @@ class ICKD(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

@@ -60,6 +60,10 @@ class MLKD(nn.Module):
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
 
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
+
     def forward(self, images, targets):
         with torch.no_grad():
             teacher_logits = self.teacher(images).float()

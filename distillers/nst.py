@@ -27,8 +27,9 @@ class NST(nn.Module):
     """ce_weight · CE + nst_weight · Σ NST over the stages, all maps but the stem's; last with last, and so on.
 
     label_smoothing: of CE.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "nst": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, and networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, nst_weight: float = 50.0,
@@ -47,11 +48,18 @@ class NST(nn.Module):
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
 
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
+
     def forward(self, images, targets):
         with torch.no_grad():
             _, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        stages = zip(features["maps"][:0:-1], teacher_features["maps"][:0:-1])  # from the last to the second
+        maps, teacher_maps = features["maps"], teacher_features["maps"]
+        if min(len(maps), len(teacher_maps)) < 2:
+            raise ValueError("maps: a network has none but the first, which is taken for the stem's")
+        stages = zip(maps[:0:-1], teacher_maps[:0:-1])  # from the last to the second
         return logits, {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "nst": self.nst_weight * sum(nst_loss(*pair) for pair in stages),

@@ -33,7 +33,7 @@ def partial_l2(student, teacher, margin):
 def read_preacts(model, image_size):
     """The network's pre-activations without the stem's on a blank image, and for each the BatchNorm that makes it.
 
-    [((C, H, W), nn.BatchNorm2d or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
+    [((C, H, W), BatchNorm or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
     the pre-activation itself (a residual sum), it is the last of that shape on the main path. A network without
     `preacts` gives its `maps`.
     """
@@ -42,8 +42,8 @@ def read_preacts(model, image_size):
     model.eval()
     outputs = []
     handles = [module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
-               for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
-               and not any(part in name for part in ("downsample", "shortcut", "convShortcut"))]
+               for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+               and module.affine and not any(part in name for part in ("downsample", "shortcut", "convShortcut"))]
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
     features = model(image, return_features=True)[1]
     preacts = features.get("preacts") or features["maps"]
@@ -67,8 +67,10 @@ class OFD(nn.Module):
     The authors and mdistiller keep it in train mode, where BatchNorm uses the batch's statistics; the authors found
     that better. ofd_weight: the authors' for CIFAR; theirs for ImageNet is 0.0001.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes are read.
+    student, teacher: network(images, return_features=True) -> (logits, {"preacts": [(B, C, H, W), …]}), the stem's
+    first; "maps" are taken where there are none.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, and networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, ofd_weight: float = 0.001,
@@ -84,6 +86,8 @@ class OFD(nn.Module):
         self.ce_weight, self.ofd_weight = ce_weight, ofd_weight
         students, teachers = read_preacts(student, image_size), read_preacts(teacher, image_size)
         self.depth = min(len(students), len(teachers))
+        if not self.depth:
+            raise ValueError("preacts: a network has none but the first, which is taken for the stem's")
         self.connectors = nn.ModuleList()
         for i, ((s, _), (t, bn)) in enumerate(zip(students[-self.depth:], teachers[-self.depth:])):
             conv = nn.Conv2d(s[0], t[0], 1, bias=False)
@@ -96,6 +100,10 @@ class OFD(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

@@ -30,6 +30,7 @@ class PKT(nn.Module):
     """ce_weight · CE + pkt_weight · PKT on the pooled features.
 
     label_smoothing: of CE.
+    student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "pkt": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
     """
@@ -49,6 +50,10 @@ class PKT(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

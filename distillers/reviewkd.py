@@ -79,6 +79,8 @@ class ReviewKD(nn.Module):
     in the authors' CIFAR code; theirs for ImageNet has none. mid_channels: width of what goes from level to level;
     None: that of the student's deepest level, at most 512.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …], the stem's first,
+    "preacts": the same before the ReLU, if it has them, "pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
     Raises ValueError for a negative weight, mid_channels below 1, a label_smoothing outside 0 to 1.
     """
@@ -111,6 +113,10 @@ class ReviewKD(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def set_epoch(self, epoch):
         """For the warm-up: call before each epoch, from 0."""

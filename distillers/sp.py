@@ -24,6 +24,7 @@ class SP(nn.Module):
     """ce_weight · CE + sp_weight · SP on the last map.
 
     label_smoothing: of CE.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "sp": scalar}), weighted.
     Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
     """
@@ -43,6 +44,10 @@ class SP(nn.Module):
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

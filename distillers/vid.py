@@ -51,8 +51,10 @@ class VID(nn.Module):
 
     init_variance: of q, at the start. label_smoothing: of CE. image_size: side in pixels of the image on which the
     channels of the maps are read.
+    student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "vid": scalar}), weighted.
-    Raises ValueError for a negative weight, an init_variance of 0.0001 or less, a label_smoothing outside 0 to 1.
+    Raises ValueError for a negative weight, an init_variance of 0.0001 or less, a label_smoothing outside 0 to 1,
+    and networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, vid_weight: float = 1.0,
@@ -70,10 +72,16 @@ class VID(nn.Module):
         self.ce_weight, self.vid_weight = ce_weight, vid_weight
         shapes = zip(map_shapes(student, image_size)[:0:-1], map_shapes(teacher, image_size)[:0:-1])  # from the last on
         self.stages = nn.ModuleList(VIDStage(s[0], t[0], init_variance) for s, t in shapes)
+        if not self.stages:
+            raise ValueError("maps: a network has none but the first, which is taken for the stem's")
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
         return super()._apply(*args, **kwargs)
+
+    def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        self.teacher.eval()
+        return super().train(mode)
 
     def forward(self, images, targets):
         with torch.no_grad():

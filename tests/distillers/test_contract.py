@@ -44,6 +44,41 @@ def test_logits_and_weighted_scalars(name):
     assert torch.allclose(call(distiller, images, targets)[0], distiller.student(images), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_teacher_that_was_set_to_train_is_set_back(name, mode):
+    """By deepcopy, say: torch.fx has copies of its graphs in train mode."""
+    distiller = build(name)
+    distiller.teacher.train()
+    assert distiller.train(mode) is distiller
+    assert not any(module.training for module in distiller.teacher.modules())
+    assert all(module.training == mode for module in distiller.modules())
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_all_of_it_in_float64(name):
+    distiller, (images, targets) = build(name).double(), batch(4)
+    logits, losses = call(distiller, images.double(), targets)
+    sum(losses.values()).backward()
+    assert logits.dtype == torch.float64
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+
+
+@pytest.mark.parametrize("name", ["at", "nst", "vid", "ofd"])
+def test_a_network_of_a_single_map_is_refused(name):
+    class Single(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, images, return_features=False):
+            feature_map = self.conv(images)
+            return feature_map.mean((2, 3)), {"maps": [feature_map]}
+
+    with pytest.raises(ValueError, match="the stem's"):
+        DISTILLERS[name](Single(), Single())(*batch(4))
+
+
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_the_cross_entropy_has_its_weight_and_its_smoothing(name):
     weight = 1.0 if name == "ce" else 3.0
@@ -186,7 +221,7 @@ def test_any_pair_of_networks(student, teacher):
         assert total.isfinite() and all(p.grad is not None for p in module.parameters()), name
 
 
-@pytest.mark.parametrize("function", ["kd_loss", "standardize", "map_shapes", "pooled_width", "_apply"])
+@pytest.mark.parametrize("function", ["kd_loss", "standardize", "map_shapes", "pooled_width", "_apply", "train"])
 def test_what_several_files_repeat_is_the_same_in_all(function):
     copies = set()
     for name in DISTILLERS:

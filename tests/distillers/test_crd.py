@@ -134,6 +134,7 @@ def test_the_loss_is_the_memorys_of_embeddings_of_length_one():
     torch.manual_seed(0)
     distiller = CRD(MODELS["resnet8"](), MODELS["resnet8x4"](), crd_weight=3.0, dim=16, negatives=8, temperature=0.5,
                     momentum=0.25, num_samples=20).eval()
+    distiller.memory.train()
     memory = Memory(20, 16, negatives=8, temperature=0.5, momentum=0.25)
     memory.load_state_dict(distiller.memory.state_dict())
     images, targets, index = torch.randn(4, 3, 32, 32), torch.arange(4), torch.tensor([3, 19, 0, 7])
@@ -155,6 +156,17 @@ def test_the_index_says_which_images_these_are():
     moved = (distiller.memory.teacher_bank != before).any(1).nonzero().flatten()
     assert moved.tolist() == [0, 3, 7, 19]
     assert torch.allclose(distiller.memory.teacher_bank[moved].norm(dim=1), torch.ones(4))
+
+
+def test_images_that_are_not_trained_on_leave_no_trace():
+    torch.manual_seed(0)
+    distiller = CRD(MODELS["resnet8"](), MODELS["resnet14"](), num_samples=20, negatives=8, dim=16).eval()
+    before = {key: value.clone() for key, value in distiller.memory.state_dict().items()}
+    batch = torch.randn(4, 3, 32, 32), torch.arange(4), torch.tensor([3, 19, 0, 7])
+    assert distiller(*batch)[1]["crd"].isfinite()  # with constants of its own: there are none yet
+    assert all(torch.equal(value, before[key]) for key, value in distiller.memory.state_dict().items())
+    distiller.train()(*batch)
+    assert not any(torch.equal(value, before[key]) for key, value in distiller.memory.state_dict().items())
 
 
 @pytest.mark.parametrize("arguments", [{"temperature": 0.0}, {"momentum": 1.0}, {"negatives": 0}, {"crd_weight": -1.0}])

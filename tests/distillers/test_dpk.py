@@ -304,6 +304,25 @@ def test_dynamic_ratio_follows_cka_and_guards():
     assert lengths == [4]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2)])
+def test_the_student_keeps_a_token_of_the_smallest_map(size, masked):
+    torch.manual_seed(0)
+    stage = DPKStage(6, 6, min_tokens=4, masked=masked, **SMALL)
+    student_map = torch.randn(8, 6, *size, requires_grad=True)
+    loss, _ = stage(student_map, torch.randn(8, 6, *size))
+    loss.backward()
+    assert ((student_map.grad != 0).any(1).flatten(1).sum(1) == 1).all()  # one position of each image
+    assert all(p.grad is not None for p in stage.parameters())
+
+
+def test_all_of_it_in_bfloat16():
+    stage, (student_map, teacher_map) = DPKStage(6, 10, **SMALL).bfloat16(), maps()
+    loss, _ = stage(student_map.bfloat16(), teacher_map.bfloat16())
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in stage.parameters())
+
+
 def test_without_teacher_tokens_the_loss_does_not_see_them_as_input():
     stage, (student_map, teacher_map) = DPKStage(6, 10, ratio=0.25, teacher_tokens=False, **SMALL), maps()
     assert stage.teacher_encoder is None

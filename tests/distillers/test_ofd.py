@@ -81,6 +81,19 @@ def test_weights_of_the_stages():
         OFD(MODELS["resnet8"](), MODELS["resnet14"](), ofd_weight=-1.0)
 
 
+def test_the_margins_under_syncbatchnorm_and_under_one_without_weights():
+    teacher = MODELS["resnet14"]()
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight)
+    expected = OFD(MODELS["resnet8"](), teacher).margin2.clone()
+    assert expected.any()
+    synced = OFD(MODELS["resnet8"](), torch.nn.SyncBatchNorm.convert_sync_batchnorm(teacher))
+    assert torch.equal(synced.margin2, expected)
+    teacher.layer3[-1].bn2 = torch.nn.BatchNorm2d(64, affine=False)
+    assert OFD(MODELS["resnet8"](), teacher).margin2.isfinite().all()
+
+
 def test_without_batchnorm_the_margin_is_zero():
     teacher = MODELS["resnet14"]()
     for module in list(teacher.modules()):
