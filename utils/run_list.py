@@ -7,8 +7,9 @@ YAML file with overrides of its own; `published` figures of runs; `teachers` and
 order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
 device=…) are for every run. A run that is finished leaves its log and its settings in a folder beside the list; the
 next call goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the
-results are there, not the weights, is trained again. A run whose loss is not finite is passed over. Several processes
-may share a list: each passes over the runs that others are working on, and those that need them as teachers.
+results are there, not the weights, is trained again. A run that fails by itself (a loss that is not finite, no memory
+left) is passed over. Several processes may share a list: each passes over the runs that others are working on, and
+those that need them as teachers.
 """
 
 import argparse
@@ -250,7 +251,7 @@ def main(argv=None):
         command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
         print("python", shlex.join(command), flush=True)
         code, signalled = train([sys.executable, *command], root)
-        if code == 1:  # a loss that is not finite concerns this run alone
+        if code == 1:  # a loss that is not finite, or a traceback: it concerns this run alone
             failed.append(run)
             continue
         if code == 3:
