@@ -201,7 +201,7 @@ def set_up(cfg, rank, world, device):
 
 
 def train(cfg):
-    """Train until the run is finished, from where it was left; returns the log's last line."""
+    """Train until the run is finished, from where it was left; returns the log's last line, on rank 0."""
     return engine.train(cfg, set_up, NOT_PART_OF_A_RUN)
 
 

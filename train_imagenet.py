@@ -109,11 +109,9 @@ def build_network(name, weights, num_classes, cfg, device, key):
     """Network `name` on the device, with weights from torchvision or a file where `weights` is not empty."""
     size = cfg.data.size
     try:
-        model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=size).to(device).eval()
-        with torch.no_grad():
-            model(torch.zeros(1, 3, size, size, device=device))
-    except torch.OutOfMemoryError:
-        raise
+        model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=size).eval()
+        with torch.no_grad():  # on the CPU, where nothing but the size can be wrong
+            model(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
     published = [] if name == "mobilenetv1" else list(torchvision.models.get_model_weights(name).__members__)
@@ -130,7 +128,7 @@ def build_network(name, weights, num_classes, cfg, device, key):
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
                          f"{', '.join(published + ['a file'])}")
-    model.to(memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     return model.train()
 
 

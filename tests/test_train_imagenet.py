@@ -543,11 +543,11 @@ def test_a_size_that_a_network_is_not_even_built_for(config, capsys):
     assert "data.size: vit_b_16 does not take 40 pixels" in capsys.readouterr().err
 
 
-def test_a_full_gpu_is_no_wrong_size(monkeypatch):
-    def full(**arguments):
+def test_a_gpu_that_refuses_is_no_wrong_size(monkeypatch):
+    def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(IMAGENET_MODELS, "resnet18", full)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(torch.OutOfMemoryError):
         train_imagenet.build_network("resnet18", "", 10, train_imagenet.Settings(), "cpu", "student.weights")
 

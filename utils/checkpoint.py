@@ -10,15 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 
 from utils.errors import InputError
 
 # What published teacher files hold beside tensors: the options of the run, and numpy's scalars (RepDistiller's learning
 # rate is an np.float64). Allowed by name; a file that asks for anything else is refused before it does anything.
-try:
-    from numpy._core.multiarray import scalar
-except ImportError:  # numpy 1
-    from numpy.core.multiarray import scalar
 ALLOWED = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
            (scalar, "numpy._core.multiarray.scalar"),
            *{type(np.dtype(t)) for t in (np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64)}]

@@ -13,7 +13,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 def start(device, timeout=None):
-    """(rank, world, device) of this process: torchrun's where it started us, else (0, 1, device).
+    """(rank, world, device) of this process: torchrun's where it started several, else (0, 1, device).
 
     A process that waits for another more than `timeout` seconds (None: PyTorch's 10 to 30 minutes) ends the job.
     Raises InputError where some of torchrun's variables are set, RANK among them, and others not, and for more
@@ -30,6 +30,8 @@ def start(device, timeout=None):
             raise InputError("--nproc_per_node", f"{here} processes; valid: up to {gpus}, a GPU each")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if os.environ["WORLD_SIZE"] == "1":  # torchrun with one process is one process
+        return 0, 1, device
     if not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):

@@ -175,6 +175,8 @@ def prepare_graph(run, epoch):
             print(f"cuda_graph: this distiller's step cannot be captured as one ({error}); going on without",
                   file=sys.stderr)
             run.graph = None
+        except torch.OutOfMemoryError:  # of this GPU at this moment, and no setting's fault
+            raise
         except RuntimeError as error:
             raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
     return run.graph
@@ -272,7 +274,7 @@ def check_teacher(cfg, run, say, stop):
 
 
 def train(cfg, set_up, ignored, timeout=None):
-    """Train until the run is finished, from where it was left; returns the log's last line.
+    """Train until the run is finished, from where it was left; returns the log's last line, on rank 0.
 
     set_up(cfg, rank, world, device) -> an `assemble`d run. `ignored`: settings in which a resumed run may differ.
     timeout: seconds after which a process that waits for another gives up; None: PyTorch's.

@@ -28,7 +28,7 @@ from utils import checkpoint, engine
 from utils.config import NumberLoader, flatten, load_config
 from utils.errors import InputError, one_line
 from utils.log import read_log
-from utils.state import lock, with_all_defaults
+from utils.state import lock, with_distiller_defaults
 
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
 
@@ -126,7 +126,8 @@ def check_results(folder, arguments, root):
         engine.check_distiller(asked)
     except InputError as error:
         raise ValueError(f"{folder}: {cfg}: {error}") from None
-    asked, done = (flatten(with_all_defaults(config)) for config in (dataclasses.asdict(asked), saved_settings(folder)))
+    configs = dataclasses.asdict(asked), saved_settings(folder)
+    asked, done = (flatten(with_distiller_defaults(config)) for config in configs)
     keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
     for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
         if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:

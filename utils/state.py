@@ -37,7 +37,7 @@ def lock(path):
     return file
 
 
-def with_all_defaults(settings):
+def with_distiller_defaults(settings):
     """Settings as saved; an old file lacks what its distiller had by default."""
     return settings | {"distiller": with_defaults(settings.get("distiller", {}))}
 
@@ -46,7 +46,7 @@ def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
     Raises InputError where the file is corrupt, where its settings differ from cfg in a key (such as "optimizer.lr")
-    that is not in `ignored`, and where there are results but no latest.pth.
+    that both have and that is not in `ignored`, and where there are results but no latest.pth.
     """
     path = folder / "latest.pth"
     if not path.exists():
@@ -59,12 +59,15 @@ def load_state(cfg, folder, ignored):
         missing = [key for key in STATE if key not in state]
         if missing:
             raise KeyError(f"no {missing[0]} in it")
-        theirs, ours = (flatten(with_all_defaults(config)) for config in (state["config"], dataclasses.asdict(cfg)))
+        configs = state["config"], dataclasses.asdict(cfg)
+        theirs, ours = (flatten(with_distiller_defaults(config)) for config in configs)
     except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError("name", f"{path} is corrupt and was left as it is ({error}); to start this run again move "
-                         "the folder away, or give another name=...") from None
-    for key in sorted(theirs.keys() | ours.keys()):
-        if key not in ignored and theirs.get(key) != ours.get(key):
+        raise InputError("name", f"{path} is corrupt or unreadable, and was left as it is ({error}); to start "
+                         "this run again move the folder away, or give another name=...") from None
+    # A setting that one of the two does not know says nothing, but for those of the distiller.
+    keys = theirs.keys() & ours.keys() | {key for key in theirs.keys() | ours.keys() if key.startswith("distiller.")}
+    for key in sorted(keys - ignored):
+        if theirs.get(key) != ours.get(key):
             raise InputError(key, f"{ours.get(key)!r} now, {theirs.get(key)!r} in {path}; to start another run give "
                              "another name=..., to go on with that one set this back")
     return state

@@ -34,6 +34,8 @@ def warm_up(body):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 body()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise WaitsForDevice(one_line(error)) from None
     finally:

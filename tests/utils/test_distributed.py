@@ -36,6 +36,12 @@ def test_a_process_takes_the_device_of_its_local_rank(monkeypatch):
         distributed.start(torch.device("cuda"))
 
 
+def test_one_process_of_torchrun_is_one_process(monkeypatch):
+    for name, value in zip(distributed.TORCHRUN, ("0", "0", "1", "localhost", "1")):
+        monkeypatch.setenv(name, value)
+    assert distributed.start(torch.device("cpu")) == (0, 1, torch.device("cpu")) and not dist.is_initialized()
+
+
 def test_a_rank_without_the_rest_is_named(monkeypatch):
     for name in distributed.TORCHRUN:
         monkeypatch.delenv(name, raising=False)

@@ -16,7 +16,7 @@ import yaml
 import train_cifar
 from utils import report, run_list
 from utils.config import flatten, load_config, yaml_text
-from utils.state import with_all_defaults
+from utils.state import with_distiller_defaults
 
 ROOT = Path(__file__).parents[2]
 RUN = "yaml/ce_plaincnn2.yaml epochs=2 data.name=synthetic data.samples=300 device=cpu"
@@ -417,6 +417,6 @@ def test_the_logs_are_of_the_runs_that_the_list_names(folder):
             if run_list.finished(ROOT / folder / run):
                 listed = yaml.safe_load(yaml_text(load_config(train_cifar.Settings, ROOT / cfg, overrides)))
                 logged = yaml.safe_load((ROOT / folder / run / "config.yaml").read_text())
-                listed, logged = (flatten(with_all_defaults(settings)) for settings in (listed, logged))
+                listed, logged = (flatten(with_distiller_defaults(settings)) for settings in (listed, logged))
                 different = {key for key in listed.keys() | logged.keys() if listed.get(key) != logged.get(key)}
                 assert different <= {"data.root", "runs", "device", "stop_after", "save_every", "cuda_graph"}, run

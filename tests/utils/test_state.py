@@ -15,7 +15,7 @@ from utils.checkpoint import append
 from utils.config import section, setting
 from utils.errors import InputError
 from utils.log import Table, read_log
-from utils.state import load_state, lock, open_log, restore, save_state, with_all_defaults
+from utils.state import load_state, lock, open_log, restore, save_state, with_distiller_defaults
 
 
 @dataclass
@@ -88,12 +88,20 @@ def test_another_config_is_refused_by_its_key(tmp_path):
         load_state(Settings(optimizer=Optimizer(0.2)), tmp_path, set())
 
 
-def test_a_key_that_only_one_of_two_configs_has_is_refused_too(tmp_path):
+def test_a_key_of_the_distiller_that_one_of_two_lacks_is_refused_too(tmp_path):
     plain, smoothed = (Settings(distiller={"name": "mine"} | more) for more in ({}, {"label_smoothing": 0.1}))
     for before, now, words in (plain, smoothed, "0.1 now, None in"), (smoothed, plain, "None now, 0.1 in"):
         save_state(before, a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
         with pytest.raises(InputError, match=f"distiller.label_smoothing: {words}"):
             load_state(now, tmp_path, set())
+
+
+def test_a_setting_that_came_later_does_not_stop_a_run(tmp_path):
+    save_state(Settings(), a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
+    state = checkpoint.load(tmp_path / "latest.pth", "name")
+    del state["config"]["optimizer"]["lr"]
+    checkpoint.save(tmp_path / "latest.pth", state)
+    assert load_state(Settings(optimizer=Optimizer(0.2)), tmp_path, set())["epoch"] == 1
 
 
 def test_a_default_of_the_distiller_is_the_same_said_or_not(tmp_path):
@@ -105,8 +113,8 @@ def test_a_default_of_the_distiller_is_the_same_said_or_not(tmp_path):
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_settings_are_the_same_read_from_the_run_s_own_file(name):
-    settings = with_all_defaults({"distiller": {"name": name}})
-    assert with_all_defaults(yaml.safe_load(yaml.safe_dump(settings))) == settings
+    settings = with_distiller_defaults({"distiller": {"name": name}})
+    assert with_distiller_defaults(yaml.safe_load(yaml.safe_dump(settings))) == settings
 
 
 def test_a_file_that_lacks_a_key_is_refused(tmp_path):
@@ -115,7 +123,7 @@ def test_a_file_that_lacks_a_key_is_refused(tmp_path):
     assert load_state(Settings(), tmp_path, set())["epoch"] == 1
     for key in whole:
         checkpoint.save(tmp_path / "latest.pth", {name: value for name, value in whole.items() if name != key})
-        with pytest.raises(InputError, match=f"is corrupt and was left as it is .*{key}"):
+        with pytest.raises(InputError, match=f"is corrupt or unreadable, and was left as it is .*{key}"):
             load_state(Settings(), tmp_path, set())
 
 
@@ -126,7 +134,7 @@ def test_a_corrupt_file_is_kept(tmp_path, content):
     if isinstance(content, bytes):
         path.write_bytes(content)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="is corrupt and was left as it is"):
+    with pytest.raises(InputError, match="is corrupt or unreadable, and was left as it is"):
         load_state(Settings(), tmp_path, set())
     assert path.read_bytes() == before
 

@@ -169,6 +169,21 @@ def test_a_capture_that_fails_ends_the_run_with_a_line(graphs_on_a_cpu, monkeypa
         train(cfg, run)
 
 
+@pytest.mark.parametrize("call", [1, 3, 4])  # the first and the last to warm up, the capture
+def test_a_full_gpu_is_no_fault_of_the_graph(graphs_on_a_cpu, monkeypatch, call):
+    cfg, run = build_run("kd", graph=True)
+    graphs_on_a_cpu(run)
+    calls = itertools.count(1)
+
+    def body(run):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.graph, "_body", body)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(cfg, run)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "plaincnn2", "mobilenetv2", "shufflenetv1",
                                   "shufflenetv2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
