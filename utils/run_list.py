@@ -25,10 +25,10 @@ import yaml
 
 import train_cifar
 from utils import checkpoint, engine
-from utils.config import NumberLoader, flatten, load_config
+from utils.config import NumberLoader, load_config
 from utils.errors import InputError, one_line
 from utils.log import read_log
-from utils.state import lock, with_distiller_defaults
+from utils.state import differences, lock
 
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
 
@@ -116,26 +116,20 @@ def finished(folder):
 
 
 def check_results(folder, arguments, root):
-    """Raise ValueError, a line, where the results in the folder are of another run than that of the arguments.
-
-    A setting that one of the two does not know says nothing, but for those of the distiller.
-    """
+    """Raise ValueError, a line, where the results in the folder are of another run than that of the arguments."""
     _, cfg, *overrides = arguments
     try:
         asked = load_config(train_cifar.Settings, root / cfg, overrides)
         engine.check_distiller(asked)
     except InputError as error:
         raise ValueError(f"{folder}: {cfg}: {error}") from None
-    configs = dataclasses.asdict(asked), saved_settings(folder)
-    asked, done = (flatten(with_distiller_defaults(config)) for config in configs)
-    keys = asked.keys() & done.keys() | {key for key in asked.keys() | done.keys() if key.startswith("distiller.")}
-    for key in sorted(keys - train_cifar.NOT_PART_OF_A_RUN):
-        if key == "teacher.checkpoint" and Path(asked[key]).parts[-2:] == Path(done[key]).parts[-2:]:
+    asked = dataclasses.asdict(asked)
+    for key, wanted, found in differences(asked, saved_settings(folder), train_cifar.NOT_PART_OF_A_RUN):
+        if key == "teacher.checkpoint" and Path(wanted).parts[-2:] == Path(found).parts[-2:]:
             continue  # the runs may have been kept elsewhere
-        if asked.get(key) != done.get(key):
-            raise ValueError(f"{folder} is of another run: {key} is {done.get(key)} there, {asked.get(key)} was asked "
-                             "for; move it away, or give the run another name (what is to change all runs of a list "
-                             "belongs under common: there)")
+        raise ValueError(f"{folder} is of another run: {key} is {found} there, {wanted} was asked for; move it away, "
+                         "or give the run another name (what is to change all runs of a list belongs under common: "
+                         "there)")
 
 
 def teacher_file(arguments):

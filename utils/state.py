@@ -42,6 +42,16 @@ def with_distiller_defaults(settings):
     return settings | {"distiller": with_defaults(settings.get("distiller", {}))}
 
 
+def differences(ours, theirs, ignored):
+    """[(key, our value, their value)] in which the settings of two runs differ, but for the keys in `ignored`.
+
+    A setting that one of the two does not know says nothing, but for those of the distiller.
+    """
+    ours, theirs = (flatten(with_distiller_defaults(settings)) for settings in (ours, theirs))
+    keys = ours.keys() & theirs.keys() | {key for key in ours.keys() | theirs.keys() if key.startswith("distiller.")}
+    return [(key, ours.get(key), theirs.get(key)) for key in sorted(keys - ignored) if ours.get(key) != theirs.get(key)]
+
+
 def load_state(cfg, folder, ignored):
     """The content of latest.pth, or None where there is none.
 
@@ -59,17 +69,13 @@ def load_state(cfg, folder, ignored):
         missing = [key for key in STATE if key not in state]
         if missing:
             raise KeyError(f"no {missing[0]} in it")
-        configs = state["config"], dataclasses.asdict(cfg)
-        theirs, ours = (flatten(with_distiller_defaults(config)) for config in configs)
+        differing = differences(dataclasses.asdict(cfg), state["config"], ignored)
     except (InputError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError("name", f"{path} is corrupt or unreadable, and was left as it is ({error}); to start "
                          "this run again move the folder away, or give another name=...") from None
-    # A setting that one of the two does not know says nothing, but for those of the distiller.
-    keys = theirs.keys() & ours.keys() | {key for key in theirs.keys() | ours.keys() if key.startswith("distiller.")}
-    for key in sorted(keys - ignored):
-        if theirs.get(key) != ours.get(key):
-            raise InputError(key, f"{ours.get(key)!r} now, {theirs.get(key)!r} in {path}; to start another run give "
-                             "another name=..., to go on with that one set this back")
+    for key, ours, theirs in differing:
+        raise InputError(key, f"{ours!r} now, {theirs!r} in {path}; to start another run give another name=..., to go "
+                         "on with that one set this back")
     return state
 
 
