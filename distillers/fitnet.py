@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def hint_loss(student_map, teacher_map):
     """Mean squared error of two maps of one shape (B, C, H, W), in float32 (eq. 3 of the paper); else ValueError."""
     if student_map.shape != teacher_map.shape:  # mse_loss would broadcast
@@ -43,28 +50,34 @@ def regressor(student_shape, teacher_shape):
 
 
 class FitNet(nn.Module):
-    """ce_weight · CE + hint_weight · MSE(regressor(student's map), teacher's map).
+    """ce_weight · CE + hint_weight · MSE(regressor(student's map), teacher's map) [+ kd_weight · KL].
 
     student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
+    kd_weight, temperature: of KD's term, beside which the field's tables put feature losses; 0: without it.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
     student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, a stage that a network lacks, and for
-    maps that no regressor joins.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted; and
+    "kd", if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, a label_smoothing outside 0 to 1, a
+    stage that a network lacks, and for maps that no regressor joins.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, hint_weight: float = 100.0,
-                 student_stage: int = 2, teacher_stage: int = 2, label_smoothing: float = 0.0,
-                 image_size: int = 32):
+                 student_stage: int = 2, teacher_stage: int = 2, kd_weight: float = 0.0, temperature: float = 4.0,
+                 label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
-        if min(ce_weight, hint_weight) < 0:
-            raise ValueError(f"ce_weight, hint_weight: {ce_weight}, {hint_weight}: one is negative")
+        if min(ce_weight, hint_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, hint_weight, kd_weight: {ce_weight}, {hint_weight}, {kd_weight}: "
+                             "one is negative")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.hint_weight = ce_weight, hint_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
         self.student_stage, self.teacher_stage = student_stage, teacher_stage
         shapes = []
         for name, model, stage in ("student", student, student_stage), ("teacher", teacher, teacher_stage):
@@ -85,10 +98,13 @@ class FitNet(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         hint = self.regressor(features["maps"][self.student_stage])
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "hint": self.hint_weight * hint_loss(hint, teacher_features["maps"][self.teacher_stage]),
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

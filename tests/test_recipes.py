@@ -23,7 +23,7 @@ FILES = [path for path in sorted(ROOT.glob("yaml/*.yaml")) if not path.stem.star
 PUBLISHED = {  # RepDistiller's and mdistiller's scripts, or the authors' own
     "ce": {},
     "kd": {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4, "logit_standardization": False},
-    "fitnet": {"ce_weight": 1, "hint_weight": 100, "student_stage": 2, "teacher_stage": 2},
+    "fitnet": {"ce_weight": 1, "hint_weight": 100, "student_stage": 2, "teacher_stage": 2, "kd_weight": 0},
     "at": {"ce_weight": 1, "at_weight": 1000},
     "sp": {"ce_weight": 1, "sp_weight": 3000},
     "pkt": {"ce_weight": 1, "pkt_weight": 30000},

@@ -95,7 +95,8 @@ def test_a_weight_may_be_zero_and_not_negative(name):
     parameters = inspect.signature(DISTILLERS[name]).parameters
     for key in [key for key in parameters if key.endswith("_weight") or key in ("alpha", "beta")]:
         present, without = [{term for term, loss in call(distiller, *batch())[1].items() if loss > 0}
-                            for distiller in (build(name), build(name, **{key: 0.0}))]
+                            for distiller in (build(name, **{key: parameters[key].default or 1.0}),
+                                              build(name, **{key: 0.0}))]
         assert without < present
         with pytest.raises(ValueError, match=key):
             build(name, **{key: -0.1})
