@@ -53,7 +53,7 @@ class FitNet(nn.Module):
     """ce_weight · CE + hint_weight · MSE(regressor(student's map), teacher's map) [+ kd_weight · KL].
 
     student_stage, teacher_stage: which of the networks' `maps` (2: the 16×16 stage of a CIFAR ResNet).
-    kd_weight, temperature: of KD's term, beside which the field's tables put feature losses; 0: without it.
+    kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes of the maps are read.
     student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "hint": scalar}), weighted; and

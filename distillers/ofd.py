@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def margin(mean, std):
     """E[x | x < 0] of each channel, x ~ N(mean, std²), the paper's margin: (C,), (C,) -> (C,), negative.
 
@@ -60,30 +67,38 @@ def read_preacts(model, image_size):
 
 
 class OFD(nn.Module):
-    """ce_weight · CE + ofd_weight · Σ partial L2 / 2^(n − i) over the stages i = 1 … n, the last ones with each other.
+    """ce_weight · CE + ofd_weight · Σ partial L2 / 2^(n − i) over the stages i = 1 … n, the last ones with each other
+    [+ kd_weight · KL].
 
     The student's pre-activations go through a 1×1 convolution and BatchNorm each, the teacher's are pooled to their
     size. The margins are read off the teacher's BatchNorms, 0 where there is none. The teacher stays in eval mode.
     The authors and mdistiller keep it in train mode, where BatchNorm uses the batch's statistics; the authors found
     that better. ofd_weight: the authors' for CIFAR; theirs for ImageNet is 0.0001.
+    kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the shapes are read.
     student, teacher: network(images, return_features=True) -> (logits, {"preacts": [(B, C, H, W), …]}), the stem's
     first; "maps" are taken where there are none.
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1, and networks of a single map.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "ofd": scalar}), weighted; and "kd",
+    if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, a label_smoothing outside 0 to 1, and
+    networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, ofd_weight: float = 0.001,
-                 label_smoothing: float = 0.0, image_size: int = 32):
+                 kd_weight: float = 0.0, temperature: float = 4.0, label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
-        if min(ce_weight, ofd_weight) < 0:
-            raise ValueError(f"ce_weight, ofd_weight: {ce_weight}, {ofd_weight}: one is negative")
+        if min(ce_weight, ofd_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, ofd_weight, kd_weight: {ce_weight}, {ofd_weight}, {kd_weight}: "
+                             "one is negative")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.ofd_weight = ce_weight, ofd_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
         students, teachers = read_preacts(student, image_size), read_preacts(teacher, image_size)
         self.depth = min(len(students), len(teachers))
         if not self.depth:
@@ -107,7 +122,7 @@ class OFD(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         pairs = zip(*((f.get("preacts") or f["maps"])[-self.depth:] for f in (features, teacher_features)))
         total = 0
@@ -115,7 +130,10 @@ class OFD(nn.Module):
             t = F.adaptive_avg_pool2d(t, s.shape[2:])
             loss = partial_l2(self.connectors[i](s), t, getattr(self, f"margin{i}"))
             total = total + loss / 2 ** (self.depth - 1 - i)
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "ofd": self.ofd_weight * total,
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def hcl_loss(student_map, teacher_map):
     """Hierarchical context loss: (B, C, H, W) twice -> scalar, in float32.
 
@@ -69,7 +76,8 @@ def level_channels(model, preacts, image_size):
 
 
 class ReviewKD(nn.Module):
-    """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other.
+    """ce_weight · CE + warm-up · review_weight · Σ HCL over the levels, the deepest ones with each other
+    [+ kd_weight · KL].
 
     teacher_preacts, student_preacts: the network's maps are taken before the ReLU, where it has `preacts`. The defaults
     are those of the authors' CIFAR code; theirs for ImageNet returns a ResNet's maps before a ReLU that works in place,
@@ -78,20 +86,26 @@ class ReviewKD(nn.Module):
     warmup_epochs: the second term grows linearly from 0 at epoch 0 (call set_epoch; without it there is no warm-up), as
     in the authors' CIFAR code; theirs for ImageNet has none. mid_channels: width of what goes from level to level;
     None: that of the student's deepest level, at most 512.
+    kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels are read.
     student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …], the stem's first,
     "preacts": the same before the ReLU, if it has them, "pooled": (B, C)}).
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted.
-    Raises ValueError for a negative weight, mid_channels below 1, a label_smoothing outside 0 to 1.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted; and
+    "kd", if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, mid_channels below 1, a label_smoothing
+    outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
                  warmup_epochs: int = 20, mid_channels: int | None = None, teacher_preacts: bool = True,
-                 student_preacts: bool = False, label_smoothing: float = 0.0, image_size: int = 32):
+                 student_preacts: bool = False, kd_weight: float = 0.0, temperature: float = 4.0,
+                 label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
-        if min(ce_weight, review_weight, warmup_epochs) < 0:
-            raise ValueError(f"ce_weight, review_weight, warmup_epochs: {ce_weight}, {review_weight}, {warmup_epochs}: "
-                             "one is negative")
+        if min(ce_weight, review_weight, kd_weight, warmup_epochs) < 0:
+            raise ValueError("ce_weight, review_weight, kd_weight, warmup_epochs: "
+                             f"{ce_weight}, {review_weight}, {kd_weight}, {warmup_epochs}: one is negative")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if mid_channels is not None and mid_channels < 1:
             raise ValueError(f"mid_channels: {mid_channels} is below 1")
         if not 0 <= label_smoothing <= 1:
@@ -100,6 +114,7 @@ class ReviewKD(nn.Module):
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.review_weight = ce_weight, review_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
         self.warmup_epochs, self.warmup = warmup_epochs, 1.0
         self.teacher_preacts, self.student_preacts = teacher_preacts, student_preacts
         students = level_channels(student, student_preacts, image_size)
@@ -124,7 +139,7 @@ class ReviewKD(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         stages = zip(self.fusions, levels(features, self.student_preacts)[-self.depth:],
                      levels(teacher_features, self.teacher_preacts)[-self.depth:])
@@ -132,7 +147,10 @@ class ReviewKD(nn.Module):
         for fusion, student_map, teacher_map in reversed(list(stages)):  # the deepest first
             reviewed, deeper = fusion(student_map, deeper, teacher_map.shape[2:])
             review = review + hcl_loss(reviewed, teacher_map)
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "review": self.warmup * self.review_weight * review,
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

@@ -105,6 +105,22 @@ def test_a_weight_may_be_zero_and_not_negative(name):
             build(name, label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("name", ["fitnet", "ofd", "reviewkd", "ickd", "dpk"])
+def test_kl_beside_features_is_that_of_kd(name):
+    images, targets = batch()
+    expected = build("kd", kd_weight=3.0, temperature=2.0).eval()(images, targets)[1]["kd"]
+    with_kl, without = build(name, kd_weight=3.0, temperature=2.0).eval(), build(name, kd_weight=0.0).eval()
+    losses = []
+    for distiller in with_kl, without:
+        torch.manual_seed(1)  # of DPK's positions
+        losses.append(distiller(images, targets)[1])
+    kd = losses[0].pop("kd")
+    assert kd.item() == pytest.approx(expected.item(), rel=1e-5) and expected > 0
+    assert sum(losses[0].values()).item() == pytest.approx(sum(losses[1].values()).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="temperature: 0 "):
+        build(name, temperature=0)
+
+
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
 def test_the_teacher_is_never_touched(name):
     torch.manual_seed(0)

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from distillers.fitnet import FitNet, hint_loss, map_shapes, regressor
-from distillers.kd import KD
 from models import MODELS
 
 
@@ -71,15 +70,3 @@ def test_defaults_are_the_protocol_of_the_field():
     distiller = FitNet(MODELS["resnet8"](), MODELS["resnet8"]())
     assert (distiller.ce_weight, distiller.hint_weight) == (1.0, 100.0)
     assert distiller.regressor[0].in_channels == 32  # the 16×16 stage
-
-
-def test_kl_beside_the_hint_is_that_of_kd():
-    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
-    networks = MODELS["resnet8"](), MODELS["resnet14"]()
-    without = FitNet(*networks).eval()(images, targets)[1]
-    losses = FitNet(*networks, kd_weight=3.0, temperature=2.0).eval()(images, targets)[1]
-    kd = KD(*networks, kd_weight=3.0, temperature=2.0).eval()(images, targets)[1]["kd"]
-    assert set(without) == {"ce", "hint"} and set(losses) == {"ce", "hint", "kd"}
-    assert losses["kd"].item() == pytest.approx(kd.item()) and kd.item() > 0
-    with pytest.raises(ValueError, match="temperature: 0 "):
-        FitNet(*networks, temperature=0)
