@@ -21,7 +21,7 @@ from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
-from utils.step import GraphedStep, WaitsForDevice, forward_backward
+from utils.step import GraphedStep, WaitsForDevice, forward_backward, out_of_memory
 from utils.stopping import SIGNALLED, Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -175,9 +175,9 @@ def prepare_graph(run, epoch):
             print(f"cuda_graph: this distiller's step cannot be captured as one ({error}); going on without",
                   file=sys.stderr)
             run.graph = None
-        except torch.OutOfMemoryError:  # of this GPU at this moment, and no setting's fault
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):  # of this GPU at this moment, and no setting's fault
+                raise
             raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
     return run.graph
 

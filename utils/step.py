@@ -20,6 +20,14 @@ class WaitsForDevice(Exception):
     """The step waits for the device, so that it cannot be captured as a CUDA graph."""
 
 
+def out_of_memory(error):
+    """Whether a GPU was full: cuBLAS and the driver say so in a plain RuntimeError, and the end of a capture that this
+    broke off may raise another in its place.
+    """
+    return ("out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+            or error.__context__ is not None and out_of_memory(error.__context__))
+
+
 def warm_up(body):
     """body() three times before its capture: cuDNN and others choose their kernels.
 
@@ -34,9 +42,9 @@ def warm_up(body):
             torch.cuda.set_sync_debug_mode("error")
             try:
                 body()
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
                 raise WaitsForDevice(one_line(error)) from None
     finally:
         torch.cuda.set_sync_debug_mode("default")

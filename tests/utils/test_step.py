@@ -170,17 +170,38 @@ def test_a_capture_that_fails_ends_the_run_with_a_line(graphs_on_a_cpu, monkeypa
 
 
 @pytest.mark.parametrize("call", [1, 3, 4])  # the first and the last to warm up, the capture
-def test_a_full_gpu_is_no_fault_of_the_graph(graphs_on_a_cpu, monkeypatch, call):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"),
+], ids=["allocator", "cublas", "driver"])
+def test_a_full_gpu_is_no_fault_of_the_graph(graphs_on_a_cpu, monkeypatch, call, error):
     cfg, run = build_run("kd", graph=True)
     graphs_on_a_cpu(run)
     calls = itertools.count(1)
 
     def body(run):
         if next(calls) == call:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     monkeypatch.setattr(run.graph, "_body", body)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)) as caught:
+        train(cfg, run)
+    assert caught.value is error
+
+
+def test_a_full_gpu_behind_a_capture_that_cannot_end(graphs_on_a_cpu, monkeypatch):
+    cfg, run = build_run("kd", graph=True)
+    graphs_on_a_cpu(run)
+
+    def graph(captured):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="a previous error during capture"):
         train(cfg, run)
 
 
