@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from distillers.dpk import cka_of_terms, hsic_terms
 from models import MODELS
-from train_cifar import Settings, build_loaders, build_network, warn_of_data
+from train_cifar import Settings, build_loaders, build_network
 from utils import checkpoint, engine
 from utils.config import load_config, yaml_value
 from utils.data import load_data
@@ -228,7 +228,7 @@ def main(argv=None):
         data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
         found = {path: identify(path, len(data.classes)) for path in paths}
         for path in found:
-            warn_of_data(cfg, path, found[path][1])
+            engine.warn_of_data(cfg, path, found[path][1], data.classes)
         entries = [examine(cfg, path, *found[path], data, device, args.steps) for path in found]
         names = [entry["teacher"] for entry in entries]
         for entry in entries:

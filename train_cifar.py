@@ -132,7 +132,7 @@ def check_teacher_file(cfg):
     companion(cfg, "teacher.cfg", cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
 
 
-def load_teacher(cfg, num_classes, device):
+def load_teacher(cfg, classes, device):
     """The teacher with its weights; where the file is missing, trained first or one line that says how."""
     check_teacher_file(cfg)
     path = Path(cfg.teacher.checkpoint)
@@ -143,22 +143,11 @@ def load_teacher(cfg, num_classes, device):
             checkpoint.write(path, trained.read_bytes(), "teacher.checkpoint")
         distributed.barrier()
     content = checkpoint.load(path, "teacher.checkpoint")
-    teacher = build_network(cfg.teacher.name, num_classes, cfg, device)
+    teacher = build_network(cfg.teacher.name, len(classes), cfg, device)
     checkpoint.fill_network(teacher, content, path, cfg.teacher.name, "teacher.checkpoint")
     if distributed.is_main():
-        warn_of_data(cfg, path, content)
+        engine.warn_of_data(cfg, path, content, classes)
     return teacher
-
-
-def warn_of_data(cfg, path, content):
-    """Lines on stderr where a teacher's file was trained on other data, or may have seen the images held out."""
-    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # our own files say
-    for key in sorted(here.keys() & there.keys()) if isinstance(there, dict) else ():
-        if here[key] != there[key]:
-            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here[key]}", file=sys.stderr)
-    if cfg.val_split and not isinstance(there, dict):
-        print(f"teacher: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
-              "is better on them than on the test set", file=sys.stderr)
 
 
 def companion(cfg, key, path, action):
@@ -194,9 +183,9 @@ def set_up(cfg, rank, world, device):
     train_loader, test_loader = build_loaders(cfg, data, rank, world, device)
     torch.manual_seed(cfg.seed % 2**63)
     student = build_network(cfg.student.name, len(data.classes), cfg, device)
-    teacher = load_teacher(cfg, len(data.classes), device) if cfg.distiller["name"] != "ce" else None
+    teacher = load_teacher(cfg, data.classes, device) if cfg.distiller["name"] != "ce" else None
     return engine.assemble(cfg, student, teacher, train_loader, test_loader, device, world,
-                           teacher_file=cfg.teacher.checkpoint,
+                           teacher_file=cfg.teacher.checkpoint, classes=data.classes,
                            graph=cfg.cuda_graph and device.type == "cuda" and world == 1)
 
 

@@ -8,6 +8,7 @@ The same command again goes on where a run was stopped, or where it was last sav
 """
 
 import argparse
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class DataSettings:
     color_jitter: float = setting(0.0, "of brightness, contrast and saturation", low=0)
     random_erasing: float = setting(0.0, "probability", low=0, high=1)
     samples: int = setting(5000, "fake: training images, and a fifth of it to report on", low=5)
-    workers: int = setting(8, "processes that read images, for each GPU", low=0)
+    workers: int = setting(8, "processes that read images, for each GPU; as many again for those of val", low=0)
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Settings:
     channels_last: bool = setting(True, "memory format of the convolutions")
     compile: bool = setting(False, "torch.compile student, teacher and DPK's transformer blocks")
     device: str = setting("auto", "auto: CUDA where there is one", choices=["auto", "cuda", "cpu"])
-    timeout: float = setting(600.0, "seconds after which processes that wait for a stalled one give up", above=0)
+    timeout: float = setting(600.0, "seconds after which processes that wait for a stalled one give up", above=0,
+                             high=10**6)
     stop_after: float = setting(0.0, "save and leave after this many seconds; 0: never", low=0)
     log_every: int = setting(50, "steps between two looks at the losses on the device", low=1)
     save_every: int = setting(1000, "save after so many steps of an epoch too; 0: at its end alone", low=0)
@@ -105,29 +107,38 @@ def read_settings(path, overrides=()):
     return cfg
 
 
-def build_network(name, weights, num_classes, cfg, device, key):
-    """Network `name` on the device, with weights from torchvision or a file where `weights` is not empty."""
+def published_weights(name):
+    """Names of torchvision's weights of a network."""
+    return [] if name == "mobilenetv1" else list(torchvision.models.get_model_weights(name).__members__)
+
+
+def build_network(name, weights, classes, cfg, device, key):
+    """Network `name` for the classes, on the device, with weights from torchvision or a file where `weights` is not
+    empty.
+    """
     size = cfg.data.size
     try:
-        model = IMAGENET_MODELS[name](num_classes=num_classes, image_size=size).eval()
+        model = IMAGENET_MODELS[name](num_classes=len(classes), image_size=size).eval()
         with torch.no_grad():  # on the CPU, where nothing but the size can be wrong
             model(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
-    published = [] if name == "mobilenetv1" else list(torchvision.models.get_model_weights(name).__members__)
-    if weights in published:
+    if weights in published_weights(name):
         try:  # torchvision's own loading: it renames what old files call differently
             content = torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
-        except (OSError, RuntimeError) as error:  # no network, a bad checksum, a full or read-only disk
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a damaged file, ...
             url = torchvision.models.get_model_weights(name)[weights].url
-            raise InputError(key, f"{weights} could not be downloaded ({one_line(error)}); put {url} into "
+            raise InputError(key, f"{weights} could not be downloaded or read ({one_line(error)}); put {url} into "
                              f"{torch.hub.get_dir()}/checkpoints, or name a file") from None
         checkpoint.fill_network(model, content, weights, name, key)
     elif Path(weights).is_file():
-        checkpoint.fill_network(model, checkpoint.load(weights, key), weights, name, key)
+        content = checkpoint.load(weights, key)
+        checkpoint.fill_network(model, content, weights, name, key)
+        if key == "teacher.weights" and distributed.is_main():
+            engine.warn_of_data(cfg, weights, content, classes)
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
-                         f"{', '.join(published + ['a file'])}")
+                         f"{', '.join([*published_weights(name), 'a file'])}")
     model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     return model.train()
 
@@ -154,14 +165,14 @@ def set_up(cfg, rank, world, device):
     train_loader = ImageLoader(train, cfg.batch_size, train=True, seed=cfg.seed, accumulate=cfg.accumulate, **common)
     test_loader = ImageLoader(val, train_loader.order.batch, train=False, **common)
     torch.manual_seed(cfg.seed % 2**63)
-    classes, networks = len(train.source.classes), {"student": cfg.student}
+    classes, networks = train.source.classes, {"student": cfg.student}
     if cfg.distiller["name"] != "ce":
         networks["teacher"] = cfg.teacher
     with distributed.one_of_each_node_first():  # it downloads, if need be
         built = {role: build_network(of.name, of.weights, classes, cfg, device, f"{role}.weights")
                  for role, of in networks.items()}
     return engine.assemble(cfg, built["student"], built.get("teacher"), train_loader, test_loader, device, world,
-                           teacher_file=cfg.teacher.weights, accumulate=cfg.accumulate)
+                           teacher_file=cfg.teacher.weights, accumulate=cfg.accumulate, classes=classes)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -175,16 +186,20 @@ def evaluate_file(cfg, weights):
         raise InputError("--eval", "is empty; valid: a file, or the name of torchvision's weights")
     device = engine.pick_device(cfg)
     images, reasons = load_images(cfg, "val"), []
-    for name in dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))):
+    names = list(dict.fromkeys(filter(None, (cfg.student.name, cfg.teacher.name))))
+    if not Path(weights).is_file():  # the same name may be of both: the student's, then
+        names = [name for name in names if weights in published_weights(name)][:1] or names
+    for name in names:
         try:
-            model = build_network(name, weights, len(images.source.classes), cfg, device, "--eval")
+            model = build_network(name, weights, images.source.classes, cfg, device, "--eval")
         except InputError as error:
             reasons.append(error.message)
             continue
         loader = ImageLoader(images, 128, train=False, workers=cfg.data.workers, device=device,
                              channels_last=cfg.channels_last)
         top1, top5 = engine.evaluate(model, loader, engine.build_autocast("fp32", device))
-        print(f"{weights}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {len(images)} images, float32")
+        total = len(images) - loader.unreadable
+        print(f"{weights}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {total} images, float32")
         return
     raise InputError("--eval", "; ".join(dict.fromkeys(reasons)))
 

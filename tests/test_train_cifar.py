@@ -342,8 +342,8 @@ time.sleep(60)
     assert "teacher.cfg" in (error := capsys.readouterr().err) and "another process is at" in error
 
 
-def test_a_state_that_does_not_fit_is_one_line(config, capsys):
-    path = config("ce", teacher={}, epochs=1)
+def test_a_state_that_does_not_fit_is_one_line(config, tmp_path, capsys):
+    path, latest = config("ce", teacher={}, epochs=1), tmp_path / "runs/run/latest.pth"
     assert train_cifar.main(["--cfg", path, "stop_after=0.0001"]) == 0
 
     load_data = train_cifar.load_data
@@ -353,6 +353,12 @@ def test_a_state_that_does_not_fit_is_one_line(config, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_cifar, "load_data", ten_classes)
+        assert train_cifar.main(["--cfg", path]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "data.root: other images or classes than" in error
+        state = checkpoint.load(latest, "test")
+        del state["images"]  # an old file, which does not say
+        checkpoint.save(latest, state)
         assert train_cifar.main(["--cfg", path]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "latest.pth does not fit" in error and "size mismatch" in error
@@ -511,6 +517,14 @@ def test_a_missing_teacher_is_one_line_with_the_command_or_is_trained(config, tm
     assert same_weights(elsewhere, missing["checkpoint"])
 
 
+def test_ctrl_c_before_there_is_anything_to_save(config, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cifar, "load_data", interrupted)
+    assert train_cifar.main(["--cfg", config("ce")]) == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path, capsys):
     teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
     file = tmp_path / "runs/teacher/student.pth"
@@ -520,7 +534,12 @@ def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path,
                                                      "val_split": 0}
     assert train_cifar.main(["--cfg", path, "name=held_out", "val_split=100"]) == 0
     assert capsys.readouterr().err == f"teacher: {file} was trained with val_split=0, here it is 100\n"
-    checkpoint.save(file, checkpoint.load(file, "test") | {"data": "of another project"})
+    names = checkpoint.load(file, "test")["classes"]
+    checkpoint.save(file, checkpoint.load(file, "test") | {"classes": [*names[:-1], "dog"]})
+    assert train_cifar.main(["--cfg", path, "name=renamed"]) == 0
+    assert capsys.readouterr().err == (f"teacher: {file} was trained on other classes: dog there is {names[-1]} "
+                                       "here\n")
+    checkpoint.save(file, checkpoint.load(file, "test") | {"data": "of another project", "classes": 100})
     assert train_cifar.main(["--cfg", path, "name=foreign"]) == 0 and not capsys.readouterr().err
     assert train_cifar.main(["--cfg", path, "name=foreign_held_out", "val_split=100"]) == 0
     assert f"{file} does not say on what it was trained" in capsys.readouterr().err

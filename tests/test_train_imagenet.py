@@ -390,6 +390,8 @@ def test_few_unreadable_images_are_named_counted_and_left_out(config, tmp_path, 
     assert main(path) == 0
     error = capsys.readouterr().err
     assert "n0/4.jpg: " in error and "n1/1.jpg: " in error
+    assert main(path, "--eval", tmp_path / "runs/run/student.pth") == 0
+    assert "on 6 images" in capsys.readouterr().out
     [entry] = log(tmp_path / "runs/run")
     assert entry["unreadable"] == 2 and entry["top1"] in [pytest.approx(100 * n / 6) for n in range(7)]
 
@@ -549,7 +551,37 @@ def test_a_gpu_that_refuses_is_no_wrong_size(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(torch.OutOfMemoryError):
-        train_imagenet.build_network("resnet18", "", 10, train_imagenet.Settings(), "cpu", "student.weights")
+        train_imagenet.build_network("resnet18", "", "abcdefghij", train_imagenet.Settings(), "cpu", "student.weights")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>Not found</html>"])
+def test_a_damaged_download(config, tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/shufflenetv2_x0.5-f707e7126e.pth").write_bytes(content)
+    assert main(config("ce", epochs=1), "student.weights=IMAGENET1K_V1") == 2
+    error = capsys.readouterr().err
+    assert "student.weights: IMAGENET1K_V1 could not be downloaded or read" in error and error.count("\n") == 1
+    assert f"into {tmp_path}/checkpoints" in error
+
+
+@pytest.mark.parametrize("student, weights, there", [
+    ("shufflenet_v2_x0_5", "IMAGENET1K_V1", None),  # the teacher's of this name are there, and not what was asked for
+    ("mobilenetv1", "IMAGENET1K_V1", "resnet18"),  # torchvision has none of this network
+])
+def test_eval_of_torchvisions_weights_is_of_the_students_network(config, monkeypatch, capsys, student, weights, there):
+    get_model = train_imagenet.torchvision.models.get_model
+
+    def downloaded(name, weights=None, progress=True, **arguments):
+        if weights and name != "resnet18":
+            raise OSError("no network")
+        return get_model(name, **arguments)
+
+    monkeypatch.setattr(train_imagenet.torchvision.models, "get_model", downloaded)
+    monkeypatch.setattr(train_imagenet.checkpoint, "fill_network", lambda *arguments: None)
+    assert main(config("kd"), f"student.name={student}", "--eval", weights) == (0 if there else 2)
+    out, error = capsys.readouterr()
+    assert f"{weights}: {there}, top-1" in out if there else "could not be downloaded or read (no network" in error
 
 
 def test_an_empty_eval_does_not_train(config, tmp_path, capsys):
@@ -573,6 +605,46 @@ def test_processes_that_do_not_share_a_folder(config, tmp_path):
     errors = [finish(process, check=2)[1] for process in both]
     assert "a folder that all nodes share" in errors[0]
     assert not (tmp_path / "b").exists()  # rank 0 alone writes
+
+
+def test_processes_that_see_other_images(config, tmp_path, tree):
+    shutil.copytree(tree, tmp_path / "tree")
+    (tmp_path / "tree/train/n3/95.jpg").unlink()
+    path, environment = config(epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29564"}
+    both = [start(path, f"data.root={root}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, root in enumerate((tree, tmp_path / "tree"))]
+    errors = [finish(process, check=2)[1] for process in both]
+    assert "data.root: not all processes see the same images" in errors[0]
+    assert not (tmp_path / "runs/run/latest.pth").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(config, tmp_path, tree, capsys):
+    """Of as many classes, and as many images of each: their names alone differ."""
+    path = config("kd", epochs=1)
+    assert main(path, "stop_after=0.1") == 0
+    shutil.copytree(tree, tmp_path / "moved")
+    shutil.copytree(tree, tmp_path / "other")
+    (tmp_path / "other/train/n3/95.jpg").rename(tmp_path / "other/train/n3/97.jpg")
+    before = (tmp_path / "runs/run/latest.pth").read_bytes()
+    assert main(path, f"data.root={tmp_path / 'other'}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: data.root: other images or classes than ") and error.count("\n") == 1
+    assert (tmp_path / "runs/run/latest.pth").read_bytes() == before
+    assert main(path, f"data.root={tmp_path / 'moved'}") == 0  # the same ones, elsewhere
+
+
+def test_a_teacher_that_saw_other_data_is_said_to_have(config, tmp_path, tree, capsys):
+    assert main(config("ce", epochs=1, save_every=0), "student.name=resnet18", "name=teacher") == 0
+    file = tmp_path / "runs/teacher/student.pth"
+    assert checkpoint.load(file, "test")["classes"] == ["n0", "n1", "n2", "n3"]
+    path = config("kd", epochs=1, save_every=0, teacher={"name": "resnet18", "weights": str(file)})
+    assert main(path, "data.random_erasing=0.1") == 0 and not capsys.readouterr().err  # not of the images
+    shutil.copytree(tree, tmp_path / "tree")
+    for split in "train", "val":
+        (tmp_path / "tree" / split / "n0").rename(tmp_path / "tree" / split / "dog")
+    assert main(path, f"data.root={tmp_path / 'tree'}", "data.size=48", "name=other") == 0
+    assert capsys.readouterr().err == (f"teacher: {file} was trained with data.size=32, here it is 48\n"
+                                       f"teacher: {file} was trained on other classes: n0 there is dog here\n")
 
 
 # ----------------------------------------------------------------------------------------------- what the project ships

@@ -5,6 +5,7 @@ CIFAR-100 is 150 MB and one gather crops a batch: there is nothing left for work
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,6 +151,8 @@ def read_images(samples, size):
     for i, (path, _) in enumerate(samples):
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":  # Pillow would cut off all that is brighter than 255
+                    raise ValueError(f"{image.mode}, more than 8 bits a pixel")
                 images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
             raise InputError("data.root", f"{path}: cannot be read ({one_line(error)})") from None
@@ -203,7 +206,8 @@ class Loader:
     process (CKA needs 4) it is left out.
     train=False: images rank, rank + world, ... as they are, at most batch_size at a time. Over all processes every
     image comes exactly once, so a process may have fewer steps than another, or none.
-    indices: int64 (B,) of the last batch in the split, on the device. num_samples: images of the split.
+    indices: int64 (B,) of the last batch in the split, on the device. num_samples: images of the split. fingerprint: a
+    number that other labels, or another order of them, would change.
     Raises InputError when training has a batch_size that is no multiple of world, or no batch at all.
     """
 
@@ -211,6 +215,7 @@ class Loader:
                  channels_last=True, device="cpu"):
         if train and batch_size % world:
             raise InputError("batch_size", f"{batch_size} is not a multiple of {world} processes")
+        self.fingerprint = zlib.crc32(split.labels.numpy())
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         # On the device now: copying them there in every step would make the host wait for the device.
         self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))

@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,13 +122,14 @@ def cast_frozen(network, dtype):
 
 
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
-             graph=False):
+             classes=(), graph=False):
     """All that a run works with, around networks on the device.
 
+    classes: their names, in the order of the labels.
     graph: run a step as one CUDA graph (one process, accumulate=1, a train_loader that can choose and load).
     """
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
-                          test_loader=test_loader, device=device, accumulate=accumulate,
+                          test_loader=test_loader, classes=list(classes), device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
     if cfg.batch_size // (world * accumulate) < 2:
         raise InputError("batch_size", f"{cfg.batch_size} is one image for each process and batch, and BatchNorm and "
@@ -263,6 +265,22 @@ def evaluate(model, loader, autocast, stop=None):
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
+def warn_of_data(cfg, path, content, classes):
+    """Lines on stderr where a teacher's file was trained on other data, or may have seen the images held out."""
+    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # our own files say
+    for key in ("data.name", "data.size", "data.samples", "val_split") if isinstance(there, dict) else ():
+        if key in here and here[key] != there.get(key, here[key]):
+            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here[key]}", file=sys.stderr)
+    classes_there = content.get("classes")
+    for theirs, ours in zip(classes_there, classes) if isinstance(classes_there, list) else ():
+        if theirs != ours:
+            print(f"teacher: {path} was trained on other classes: {theirs} there is {ours} here", file=sys.stderr)
+            break
+    if here.get("val_split") and not isinstance(there, dict):
+        print(f"teacher: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
+              "is better on them than on the test set", file=sys.stderr)
+
+
 def check_teacher(cfg, run, say, stop):
     """Print the teacher's accuracy; stop where it is not what the settings promise."""
     top1, _ = evaluate(run.teacher, run.test_loader, run.autocast, stop)
@@ -302,6 +320,12 @@ def train(cfg, set_up, ignored, timeout=None):
         warn_of_emulation(cfg.precision, device)
         warn_of_settings(cfg)
     run = set_up(cfg, rank, world, device)
+    images = zlib.crc32(repr((run.classes, run.train_loader.fingerprint, run.test_loader.fingerprint)).encode())
+    if not distributed.is_the_same(images, device):
+        raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
+    if state and state.get("images", images) != images:  # older files do not say
+        raise InputError("data.root", f"other images or classes than {folder}/latest.pth was trained on; to start "
+                         "another run give another name=..., to go on with that one bring them back")
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)
     say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "
@@ -315,8 +339,8 @@ def train(cfg, set_up, ignored, timeout=None):
         try:
             restore(run, state)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            raise InputError("name", f"{folder}/latest.pth does not fit ({one_line(error)}): other "
-                             "classes than before? To start another run give another name=...") from None
+            raise InputError("name", f"{folder}/latest.pth does not fit ({one_line(error)}): of "
+                             "another version of the code? To start another run give another name=...") from None
         say(f"{folder}: going on at epoch {epoch + 1}, step {step + 1}")
     if rank == 0:
         open_log(cfg, folder, state, world, device)
@@ -327,7 +351,7 @@ def train(cfg, set_up, ignored, timeout=None):
         unreadable = torch.tensor(run.train_loader.unreadable, device=device)
         clock["unreadable"] = distributed.sum_over_processes(unreadable).item()
         clock["seconds"] = time.monotonic() - start
-        save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, clock=clock)
+        save_state(cfg, run, folder, table, images=images, epoch=epoch, step=step, best=best, clock=clock)
 
     while epoch < cfg.epochs:
         start = time.monotonic() - clock["seconds"]
@@ -371,7 +395,7 @@ def train(cfg, set_up, ignored, timeout=None):
         data = {key: value for key, value in flatten(dataclasses.asdict(cfg)).items()
                 if (key.startswith("data.") or key == "val_split") and key not in ignored}
         checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
-                                                 "accuracy": last["top1"], "data": data})
+                                                 "accuracy": last["top1"], "data": data, "classes": run.classes})
         say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
     distributed.barrier()
     return last
@@ -379,7 +403,7 @@ def train(cfg, set_up, ignored, timeout=None):
 
 def exit_code(path, action):
     """0 after action(); a line on stderr and 2 for bad input or a file that the system refuses, 3 where another process
-    is at the run, 1 for a loss that is not finite.
+    is at the run, 1 for a loss that is not finite, 130 for Ctrl-C before there was anything to save.
     """
     SIGNALLED.clear()
     code = 0
@@ -400,5 +424,9 @@ def exit_code(path, action):
     except Stopped as stopped:
         if distributed.is_main():
             print(stopped)
+    except KeyboardInterrupt:  # in the set-up: later ones become a Stopped
+        if distributed.is_main():
+            print("stopped", file=sys.stderr)
+        code = 130
     distributed.finish(together=code < 2)  # bad input may be one process's alone; an unforeseen error ends it at once
     return code

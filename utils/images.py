@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -29,7 +30,10 @@ UNREADABLE = 0.001  # a larger share of the images stops the run
 
 
 class Tree:
-    """The files of one split, `<root>/<split>/<class>/*`: len(), classes, name(i), open(i) -> (PIL image, label)."""
+    """The files of one split, `<root>/<split>/<class>/*`: len(), classes, name(i), open(i) -> (PIL image, label).
+
+    fingerprint: a number that other files would change.
+    """
 
     def __init__(self, root, split):
         folder = Path(root, split)
@@ -41,6 +45,7 @@ class Tree:
         # As two arrays: a list of a million tuples would be copied to every worker as its reference counts change.
         self.paths = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in listing.samples])
         self.labels, self.folder = np.array(listing.targets), str(folder)
+        self.fingerprint = zlib.crc32(self.paths)
 
     def __len__(self):
         return len(self.labels)
@@ -57,6 +62,7 @@ class Fake:
 
     def __init__(self, split, samples, size):
         self.classes = [str(label) for label in range(1000)]
+        self.fingerprint = samples
         self.images = FakeData(samples, (3, size, size), 1000, random_offset=0 if split == "train" else 10**9)
 
     def __len__(self):
@@ -120,9 +126,11 @@ class Images(torch.utils.data.Dataset):
         return len(self.source)
 
     def read(self, index):
-        """-> uint8 (size, size, 3), label. Raises what Pillow raises for a damaged file."""
+        """-> uint8 (size, size, 3), label. Raises what Pillow raises for a damaged file, ValueError for 16 bits."""
         image, label = self.source.open(index)
         with image:
+            if image.mode[0] in "IF":  # Pillow would cut off all that is brighter than 255
+                raise ValueError(f"{image.mode}, more than 8 bits a pixel")
             if self.train:
                 image = self.augment(random_resized_crop(image, self.size))
             else:
@@ -239,6 +247,7 @@ class ImageLoader:
     world, …, batch_size of them at a time; over all processes every image exactly once.
     len(): steps, in training of `accumulate` batches each. unreadable: how many files could not be read this epoch.
     indices: int64 (B,) of the last batch among the images, on the device. num_samples: how many images there are.
+    fingerprint: of their source.
     Raises InputError when batch_size is not a multiple of world · accumulate, or training has no step at all; in
     training also where no image of a batch can be read.
     """
@@ -250,7 +259,7 @@ class ImageLoader:
             raise InputError("batch_size", f"{batch_size} is not a multiple of {world} processes x {accumulate}")
         self.images, self.rank, self.device, self.channels_last = images, rank, torch.device(device), channels_last
         self.accumulate, self.unreadable = accumulate, 0
-        self.num_samples, self.indices = len(images), None
+        self.num_samples, self.indices, self.fingerprint = len(images), None, images.source.fingerprint
         self.order = Order(len(images), batch_size // parts, train=train, seed=seed, rank=rank, world=world,
                            accumulate=accumulate)
         if train and len(images) < batch_size:

@@ -30,6 +30,7 @@ from utils.errors import InputError, one_line
 from utils.log import read_log
 from utils.state import differences, lock
 
+FOR_EVERY_RUN = sorted(train_cifar.NOT_PART_OF_A_RUN - {"runs"})  # overrides of the command line; runs is --runs
 KEYS = {"title", "text", "common", "seeds", "runs", "published", "teachers", "ranking"}
 
 
@@ -55,8 +56,8 @@ def load_list(path):
         if not isinstance(section, dict) or not {"title", "runs"} <= set(section) or set(section) - KEYS:
             raise ValueError(f"{path}: {name}: needs title and runs, may have {', '.join(sorted(KEYS))}")
         seeds = section.get("seeds", [0])
-        if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
-            raise ValueError(f"{path}: {name}: seeds: {seeds!r} is not a list of integers")
+        if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            raise ValueError(f"{path}: {name}: seeds: {seeds!r} is not a list of integers from 0 on")
         if "ranking" in section and not section.get("teachers"):
             raise ValueError(f"{path}: {name}: ranking needs teachers")
         if not isinstance(section["runs"], dict) or not all(map(is_command, section["runs"].values())):
@@ -103,16 +104,19 @@ def in_turn(sections):
 def saved_settings(folder):
     """The settings of the run in the folder, as a dict. Raises ValueError, a line that names their file."""
     try:
-        return yaml.load((folder / "config.yaml").read_text(), NumberLoader)
+        settings = yaml.load((folder / "config.yaml").read_text(), NumberLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{folder}/config.yaml: {one_line(error)}") from None
+    if not isinstance(settings, dict) or "epochs" not in settings:
+        raise ValueError(f"{folder}/config.yaml: not the settings of a run")
+    return settings
 
 
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines = read_log(folder / "log.jsonl")
     settings = saved_settings(folder) if len(lines) > 1 and (folder / "config.yaml").exists() else None
-    return bool(settings) and lines[-1]["epoch"] == settings["epochs"]
+    return settings is not None and lines[-1]["epoch"] == settings["epochs"]
 
 
 def check_results(folder, arguments, root):
@@ -214,6 +218,10 @@ def main(argv=None):
                 for run, arguments in in_turn(sections)]
 
     try:
+        for override in args.overrides:
+            if override.partition("=")[0] not in FOR_EVERY_RUN:
+                raise ValueError(f"{override}: what changes results belongs in the list (common: [{override}]); valid "
+                                 f"here: {', '.join(FOR_EVERY_RUN)}")
         sections = load_list(args.list)
         only = args.only.split(",") if args.only else list(sections)
         for name in only:
@@ -251,6 +259,8 @@ def main(argv=None):
             continue
         if code == 3:
             continue  # another process trains its teacher
+        if signalled and code in (130, -signal.SIGTERM):  # before there was anything to save
+            return 0
         if code:
             print(f"error: {args.list}: {run} ended with {code}", file=sys.stderr)
             return code

@@ -80,7 +80,7 @@ def load_state(cfg, folder, ignored):
 
 
 def save_state(cfg, run, folder, table, **where):
-    """Write latest.pth with the epoch's `table` so far; `where`: epoch, step, best, clock."""
+    """Write latest.pth with the epoch's `table` so far; `where`: epoch, step, best, clock, images."""
     distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
     if distributed.is_main():
         checkpoint.save(folder / "latest.pth", where | {

@@ -371,6 +371,11 @@ def test_folder(folder):
     assert len(load_data("folder", folder, val_split=3).train.labels) == 1
 
 
+def test_folder_with_an_image_of_16_bits(folder):
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "val/dog/0.png")
+    fails("data.root", folder / "val/dog/0.png", "I;16, more than 8 bits a pixel", name="folder", root=folder)
+
+
 def test_folder_missing(folder):
     fails("data.root", folder / "nowhere" / "train", name="folder", root=folder / "nowhere")
     (folder / "val").rename(folder / "valid")

@@ -208,6 +208,13 @@ def test_memory_format(root):
     assert next(batches(root, channels_last=False).epoch(0))[0].is_contiguous()
 
 
+def test_16_bits_are_not_taken_for_white(root, tmp_path, capsys):
+    shutil.copytree(root, tmp_path / "tree")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(tmp_path / "tree/val/class1/3.jpg", "png")
+    labels = torch.cat([some for _, some in batches(tmp_path / "tree", "val").epoch(0)])
+    assert len(labels) == 6 and "3.jpg: I;16, more than 8 bits a pixel" in capsys.readouterr().err
+
+
 def broken_at(loader, path):
     return loader.images.source.paths.tolist().index(path.split("/", 1)[1].encode())
 

@@ -76,8 +76,9 @@ def test_a_run_that_fails_is_not_passed_over(listed, tmp_path, capfd):
 
 def test_a_run_that_another_process_is_at_is_passed_over(listed, tmp_path, capfd):
     (tmp_path / "runs").mkdir()
+    listed.write_text(listed.read_text().replace("epochs=2", "epochs=1"))
     with held_by_another_process(tmp_path / "runs/small_first_s0.lock"):
-        assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}", "epochs=1"]) == 0
+        assert run_list.main([str(listed), f"--runs={tmp_path / 'runs'}"]) == 0
     out = capfd.readouterr().out
     assert "name=small_first_s0" not in out and "name=small_second_s1" in out
 
@@ -216,9 +217,9 @@ def test_every_run_gets_the_overrides_last_and_the_time_that_is_left(teacher_and
     fake, commands = run_list.train, []
     monkeypatch.setattr(run_list, "train", lambda command, folder: (commands.append(command), fake(command, folder))[1])
     monkeypatch.setattr(run_list, "time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
-    assert run_list.main(["results/runs.yaml", "--only=students,teachers", "--seconds=100", "seed=3"]) == 0
+    assert run_list.main(["results/runs.yaml", "--only=students,teachers", "--seconds=100", "device=cpu"]) == 0
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]
-    assert [command[-2:] for command in commands] == [["seed=3", f"stop_after={left}"] for left in (90, 80)]
+    assert [command[-2:] for command in commands] == [["device=cpu", f"stop_after={left}"] for left in (90, 80)]
 
 
 def test_the_last_teacher_counts():
@@ -359,17 +360,36 @@ def test_results_of_other_settings_are_not_those_of_the_list(listed, capsys):
 
 def test_results_of_other_overrides_are_not_those_asked_for(teacher_and_student, tmp_path, capsys):
     write_run(tmp_path / "results", "teachers_t_s0", [1.0, 70.0])
-    assert run_list.main(["results/runs.yaml", "epochs=3"]) == 2
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["teachers"]["common"] = ["epochs=3"]
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    assert run_list.main(["results/runs.yaml"]) == 2
     assert "teachers_t_s0 is of another run: epochs is 2 there, 3 was asked for" in capsys.readouterr().err
 
 
-def test_settings_in_results_that_are_not_yaml_are_named(listed, capsys):
+@pytest.mark.parametrize("override", ["epochs=3", "seed=1", "name=mine", "optimizer.lr=9", "runs=mine", "nonsense"])
+def test_settings_that_change_results_belong_in_the_list(teacher_and_student, capsys, override):
+    assert run_list.main(["results/runs.yaml", override]) == 2 and not teacher_and_student
+    error = capsys.readouterr().err
+    assert f"error: {override}: what changes results belongs in the list" in error and "here: baseline, " in error
+
+
+@pytest.mark.parametrize("code, signalled, returned", [
+    (130, True, 0), (-15, True, 0), (-15, False, -15), (-9, True, -9),
+])
+def test_a_signal_before_there_is_anything_to_save(teacher_and_student, monkeypatch, code, signalled, returned):
+    monkeypatch.setattr(run_list, "train", lambda *arguments: (code, signalled))
+    assert run_list.main(["results/runs.yaml"]) == returned
+
+
+def test_settings_in_results_that_are_none_are_named(listed, capsys):
     write_run(listed.parent, "small_second_s0", [1.0, 70.0])
-    (listed.parent / "small_second_s0/config.yaml").write_text("<<<<<<< HEAD\nepochs: 2\n")
-    for program in run_list, report:
-        assert program.main([str(listed)]) == 2
-        error = capsys.readouterr().err
-        assert "small_second_s0/config.yaml" in error and error.count("\n") == 1
+    for content in "<<<<<<< HEAD\nepochs: 2\n", "seed: 0\n", "- epochs\n":
+        (listed.parent / "small_second_s0/config.yaml").write_text(content)
+        for program in run_list, report:
+            assert program.main([str(listed)]) == 2
+            error = capsys.readouterr().err
+            assert "small_second_s0/config.yaml" in error and error.count("\n") == 1
 
 
 def test_another_readme_is_not_written_over(listed, capsys):
