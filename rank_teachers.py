@@ -44,9 +44,10 @@ def identify(path, num_classes):
         return {key: tuple(t.shape) for key, t in tensors.items() if not key.endswith("num_batches_tracked")}
 
     found = shapes(checkpoint.network_weights(content))
-    for name, network in MODELS.items():
+    said = content.get("network")  # ours say: another network may have the same tensors
+    for name in sorted(MODELS, key=lambda name: name != said):
         with torch.device("meta"):
-            if shapes(network(num_classes=num_classes).state_dict()) == found:
+            if shapes(MODELS[name](num_classes=num_classes).state_dict()) == found:
                 return name, content
     raise InputError("CHECKPOINT", f"{path} fits no network with {num_classes} classes; valid: {', '.join(MODELS)}")
 
@@ -97,7 +98,10 @@ def patch_for(side):
 
 
 def probe(cfg, student, teacher, loader, device, steps):
-    """Train the student for an epoch of DPK on its last two stages, or for so many steps."""
+    """Train the student for an epoch of DPK on its last two stages, or for so many steps.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
     image = loader.batch(0, 0)[0][:1]
     with torch.no_grad():
         maps = [network.eval()(image, return_features=True)[1]["maps"] for network in (student, teacher)]
@@ -109,13 +113,16 @@ def probe(cfg, student, teacher, loader, device, steps):
                               connectors=ConnectorSettings(optimizer="adamw", lr=1e-3))
     run, table = engine.assemble(cfg, student, teacher, loader, None, device, 1), Table(len(loader), device)
     run.distiller.train()
-    for step in progress(range(min(steps or len(loader), len(loader))), "probe"):
+    steps = min(steps or len(loader), len(loader))
+    for step in progress(range(steps), "probe"):
         torch.manual_seed((cfg.seed * 10**6 + step) % 2**63)
         forward_backward(run, *loader.batch(0, step), table, step)
         for optimizer in run.optimizers.values():
             run.scaler.step(optimizer)
             optimizer.zero_grad()
         run.scaler.update()
+    if failure := table.failure(steps, 0):
+        raise FloatingPointError(f"probe: {failure}")
 
 
 def examine(cfg, path, name, content, data, device, steps):
@@ -228,7 +235,7 @@ def main(argv=None):
         data = load_data(**dataclasses.asdict(cfg.data), val_split=cfg.val_split)
         found = {path: identify(path, len(data.classes)) for path in paths}
         for path in found:
-            engine.warn_of_data(cfg, path, found[path][1], data.classes)
+            engine.check_data(cfg, "CHECKPOINT", path, found[path][1], data.classes)
         entries = [examine(cfg, path, *found[path], data, device, args.steps) for path in found]
         names = [entry["teacher"] for entry in entries]
         for entry in entries:

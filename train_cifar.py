@@ -10,6 +10,7 @@ The same command again goes on where a run was stopped, or where it was last sav
 import argparse
 import dataclasses
 import functools
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +123,11 @@ def check_teacher_file(cfg):
             check_student(cfg.teacher.name, other)
             trained = Path(other.runs, other.name or Path(file).stem, "student.pth")
             then = "" if trained == path else f"then teacher.checkpoint={trained}; "
-            how = (f"train it: python train_cifar.py --cfg {file} ({then}or set teacher.train=true; or name a "
-                   "published file)")
+            ours, theirs = (flatten(dataclasses.asdict(settings)) for settings in (cfg, other))
+            data = [shlex.quote(f"{key}={ours[key]}") for key in ours
+                    if (key.startswith("data.") or key == "val_split") and ours[key] != theirs[key]]
+            how = (f"train it: {' '.join(['python train_cifar.py --cfg', file, *data])} ({then}or set "
+                   "teacher.train=true; or name a published file)")
         except InputError:  # no such file, or another network's
             how = "name another file, or a YAML file that trains it: teacher.cfg=FILE teacher.train=true"
         raise InputError("teacher.checkpoint", f"{path} is missing; {how}")
@@ -145,8 +149,7 @@ def load_teacher(cfg, classes, device):
     content = checkpoint.load(path, "teacher.checkpoint")
     teacher = build_network(cfg.teacher.name, len(classes), cfg, device)
     checkpoint.fill_network(teacher, content, path, cfg.teacher.name, "teacher.checkpoint")
-    if distributed.is_main():
-        engine.warn_of_data(cfg, path, content, classes)
+    engine.check_data(cfg, "teacher.checkpoint", path, content, classes)
     return teacher
 
 
@@ -171,9 +174,10 @@ def build_loaders(cfg, data, rank, world, device):
     """Loaders of the training images and of those to report on."""
     common = {"mean": data.mean, "std": data.std, "rank": rank, "world": world, "device": device,
               "channels_last": cfg.channels_last}
-    padding = data.train.images.shape[1] // 8  # 4 pixels for 32
+    size = data.train.images.shape[1]
+    padding = size // 8  # 4 pixels for 32
     return (Loader(data.train, cfg.batch_size, train=True, padding=padding, seed=cfg.seed, **common),
-            Loader(data.test, 500, train=False, **common))
+            Loader(data.test, max(500 * 32**2 // size**2, 1), train=False, **common))
 
 
 def set_up(cfg, rank, world, device):
@@ -234,6 +238,7 @@ def evaluate_file(cfg, path):
         except InputError as error:
             reasons.append(error)
             continue
+        engine.check_data(cfg, "--eval", path, content, data.classes)
         loader = build_loaders(cfg, data, 0, 1, device)[1]
         top1, top5 = engine.evaluate(model, loader, engine.build_autocast("fp32", device))
         print(f"{path}: {name}, top-1 {top1:.2f}, top-5 {top5:.2f} on {len(data.test.labels)} images, float32")

@@ -8,7 +8,6 @@ The same command again goes on where a run was stopped, or where it was last sav
 """
 
 import argparse
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ def build_network(name, weights, classes, cfg, device, key):
     if weights in published_weights(name):
         try:  # torchvision's own loading: it renames what old files call differently
             content = torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, a damaged file, ...
+        except Exception as error:  # noqa: BLE001 - no network, a full disk, a damaged file raises ValueError, EOFError, ...
             url = torchvision.models.get_model_weights(name)[weights].url
             raise InputError(key, f"{weights} could not be downloaded or read ({one_line(error)}); put {url} into "
                              f"{torch.hub.get_dir()}/checkpoints, or name a file") from None
@@ -134,8 +133,8 @@ def build_network(name, weights, classes, cfg, device, key):
     elif Path(weights).is_file():
         content = checkpoint.load(weights, key)
         checkpoint.fill_network(model, content, weights, name, key)
-        if key == "teacher.weights" and distributed.is_main():
-            engine.warn_of_data(cfg, weights, content, classes)
+        if key != "student.weights":  # a student may come from anywhere
+            engine.check_data(cfg, key, weights, content, classes)
     elif weights:
         raise InputError(key, f"{weights!r} is neither a file nor of torchvision's {name}; valid: "
                          f"{', '.join([*published_weights(name), 'a file'])}")

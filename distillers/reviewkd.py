@@ -93,7 +93,7 @@ class ReviewKD(nn.Module):
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted; and
     "kd", if it has a weight.
     Raises ValueError for a negative weight, a temperature that is not positive, mid_channels below 1, a label_smoothing
-    outside 0 to 1.
+    outside 0 to 1, and networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, review_weight: float = 1.0,
@@ -120,6 +120,8 @@ class ReviewKD(nn.Module):
         students = level_channels(student, student_preacts, image_size)
         teachers = level_channels(teacher, teacher_preacts, image_size)
         self.depth = min(len(students), len(teachers))
+        if self.depth == 1:  # the pooled feature
+            raise ValueError("maps: a network has none but the first, which is taken for the stem's")
         students, teachers = students[-self.depth:], teachers[-self.depth:]
         mid = mid_channels or min(512, students[-1])
         self.fusions = nn.ModuleList(ABF(s, mid, t, fuse=i + 1 < self.depth)

@@ -50,6 +50,22 @@ def test_a_file_says_of_which_network_it_is(name, tmp_path):
         rank_teachers.identify(tmp_path / "a.pth", 8)
 
 
+def test_a_file_of_ours_says_its_network(monkeypatch, tmp_path):
+    """Another may have tensors of the same names and shapes."""
+    monkeypatch.setitem(MODELS, "my_resnet8", MODELS["resnet8"])
+    content = {"model": MODELS["resnet8"]().state_dict()}
+    for said, name in ("my_resnet8", "my_resnet8"), ("resnet8", "resnet8"), ("vgg8", "resnet8"), (["odd"], "resnet8"):
+        checkpoint.save(tmp_path / "a.pth", content | {"network": said})
+        assert rank_teachers.identify(tmp_path / "a.pth", 100)[0] == name
+
+
+def test_a_probe_that_diverges_has_no_rank(files, tmp_path, capsys):
+    out = tmp_path / "ranking.jsonl"
+    arguments = ["--student", "plaincnn2", *files, *SETTINGS, "optimizer.lr=1e30", "--out", str(out)]
+    assert rank_teachers.main(arguments) == 1 and not out.exists()
+    assert "error: probe: loss " in capsys.readouterr().err
+
+
 def test_stages_are_paired_from_the_last():
     assert rank_teachers.stage_pairs([0] * 4, [0] * 4) == [(1, 1), (2, 2), (3, 3)]
     assert rank_teachers.stage_pairs([0] * 3, [0] * 5) == [(1, 3), (2, 4)]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import train_cifar
 from models import MODELS
@@ -533,12 +534,15 @@ def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path,
     assert checkpoint.load(file, "test")["data"] == {"data.name": "synthetic", "data.size": 32, "data.samples": 300,
                                                      "val_split": 0}
     assert train_cifar.main(["--cfg", path, "name=held_out", "val_split=100"]) == 0
-    assert capsys.readouterr().err == f"teacher: {file} was trained with val_split=0, here it is 100\n"
+    warning = f"{file} was trained with val_split=0, here it is 100\n"
+    assert capsys.readouterr().err == f"teacher.checkpoint: {warning}"
+    assert train_cifar.main(["--cfg", path, "val_split=100", "--eval", str(file)]) == 0
+    assert capsys.readouterr().err == f"--eval: {warning}"
     names = checkpoint.load(file, "test")["classes"]
     checkpoint.save(file, checkpoint.load(file, "test") | {"classes": [*names[:-1], "dog"]})
-    assert train_cifar.main(["--cfg", path, "name=renamed"]) == 0
-    assert capsys.readouterr().err == (f"teacher: {file} was trained on other classes: dog there is {names[-1]} "
-                                       "here\n")
+    for key, argument in ("teacher.checkpoint", "name=renamed"), ("--eval", f"--eval={file}"):
+        assert train_cifar.main(["--cfg", path, argument]) == 2
+        assert f"{key}: {file} was trained on other classes: dog there is {names[-1]} here" in capsys.readouterr().err
     checkpoint.save(file, checkpoint.load(file, "test") | {"data": "of another project", "classes": 100})
     assert train_cifar.main(["--cfg", path, "name=foreign"]) == 0 and not capsys.readouterr().err
     assert train_cifar.main(["--cfg", path, "name=foreign_held_out", "val_split=100"]) == 0
@@ -775,6 +779,18 @@ def test_a_missing_teacher_comes_with_the_command_that_trains_it():
         with pytest.raises(InputError) as raised:
             train_cifar.check_teacher_file(cfg)
         assert f"train it: python train_cifar.py --cfg yaml/ce_resnet32x4.yaml ({then} teach" in str(raised.value)
+    cfg.data.name, cfg.data.root, cfg.val_split = "folder", "my images", 100
+    with pytest.raises(InputError, match=r"yaml data.name=folder 'data.root=my images' val_split=100 \(then "):
+        train_cifar.check_teacher_file(cfg)
+
+
+def test_images_of_one_class(config, tmp_path, capsys):
+    for split in "train", "val":
+        (tmp_path / "tree" / split / "cat").mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (32, 32)).save(tmp_path / "tree" / split / f"cat/{i}.png")
+    data = {"name": "folder", "root": str(tmp_path / "tree")}
+    assert "data.root: there is one class, cat; valid: two or more" in refused(capsys, config("ce", data=data))
 
 
 def test_a_bad_companion_file_is_named(config, tmp_path, capsys):

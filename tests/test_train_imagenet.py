@@ -554,7 +554,7 @@ def test_a_gpu_that_refuses_is_no_wrong_size(monkeypatch):
         train_imagenet.build_network("resnet18", "", "abcdefghij", train_imagenet.Settings(), "cpu", "student.weights")
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>Not found</html>"])
+@pytest.mark.parametrize("content", [b"", b"<html>Not found</html>", b"Forbidden"])
 def test_a_damaged_download(config, tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
@@ -607,10 +607,12 @@ def test_processes_that_do_not_share_a_folder(config, tmp_path):
     assert not (tmp_path / "b").exists()  # rank 0 alone writes
 
 
-def test_processes_that_see_other_images(config, tmp_path, tree):
+@pytest.mark.parametrize("missing", ["train/n3/95.jpg", "*/n3"])
+def test_processes_that_see_other_images(config, tmp_path, tree, missing):
     shutil.copytree(tree, tmp_path / "tree")
-    (tmp_path / "tree/train/n3/95.jpg").unlink()
-    path, environment = config(epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29564"}
+    for path in (tmp_path / "tree").glob(missing):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path, environment = config("ce", epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29564"}
     both = [start(path, f"data.root={root}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank, root in enumerate((tree, tmp_path / "tree"))]
     errors = [finish(process, check=2)[1] for process in both]
@@ -642,9 +644,14 @@ def test_a_teacher_that_saw_other_data_is_said_to_have(config, tmp_path, tree, c
     shutil.copytree(tree, tmp_path / "tree")
     for split in "train", "val":
         (tmp_path / "tree" / split / "n0").rename(tmp_path / "tree" / split / "dog")
-    assert main(path, f"data.root={tmp_path / 'tree'}", "data.size=48", "name=other") == 0
-    assert capsys.readouterr().err == (f"teacher: {file} was trained with data.size=32, here it is 48\n"
-                                       f"teacher: {file} was trained on other classes: n0 there is dog here\n")
+    assert main(path, "data.size=48", "name=larger") == 0
+    assert capsys.readouterr().err == f"teacher.weights: {file} was trained with data.size=32, here it is 48\n"
+    for key, argument in ("teacher.weights", "name=other"), ("--eval", f"--eval={file}"):
+        assert main(path, f"data.root={tmp_path / 'tree'}", argument) == 2
+        assert f"{key}: {file} was trained on other classes: n0 there is dog here" in capsys.readouterr().err.replace(
+            "--eval: resnet18, ", "--eval: ")
+    assert main(path, f"data.root={tmp_path / 'tree'}", "student.name=resnet18", f"student.weights={file}",
+                "distiller={name: ce}", "name=tuned") == 0 and not capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------- what the project ships

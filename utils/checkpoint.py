@@ -119,6 +119,8 @@ def fill_network(model, content, path, name, key):
                              f"{tensor} is {tuple(weights[tensor].shape)} in the file, {tuple(own[tensor].shape)} here")
         if own[tensor].is_floating_point() and not weights[tensor].is_floating_point():
             raise InputError(key, f"{path} does not fit {name}: {tensor} is {weights[tensor].dtype} in the file")
+        if not weights[tensor].isfinite().all():
+            raise InputError(key, f"{path}: {tensor} is not finite")
     for tensor in weights:
         if tensor not in own:
             raise InputError(key, f"{path} does not fit {name}: {name} has no {tensor}")

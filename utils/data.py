@@ -140,7 +140,9 @@ def load_folder(root, size):
     if train.classes != val.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
         raise InputError("data.root", f"{root}: train and val do not hold the same class folders: {odd}")
-    return read_images(train.samples, size), read_images(val.samples, size), train.classes
+    # Mixed, as CIFAR's are: who looks at a few batches sees all classes.
+    order = np.random.RandomState(0).permutation(len(val.samples))
+    return read_images(train.samples, size), read_images([val.samples[i] for i in order], size), train.classes
 
 
 def read_images(samples, size):

@@ -121,6 +121,17 @@ def cast_frozen(network, dtype):
             module.to(dtype)
 
 
+def fingerprint(classes, loaders, device):
+    """A number that other classes, or other images in the loaders, would change.
+
+    Raises InputError where it is not the same on all processes.
+    """
+    number = zlib.crc32(repr((classes, [loader.fingerprint for loader in loaders])).encode())
+    if not distributed.is_the_same(number, device):
+        raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
+    return number
+
+
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
              classes=(), graph=False):
     """All that a run works with, around networks on the device.
@@ -131,6 +142,9 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, classes=list(classes), device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
+    run.images = fingerprint(run.classes, [loader for loader in (train_loader, test_loader) if loader], device)
+    if len(run.classes) == 1:
+        raise InputError("data.root", f"there is one class, {run.classes[0]}; valid: two or more")
     if cfg.batch_size // (world * accumulate) < 2:
         raise InputError("batch_size", f"{cfg.batch_size} is one image for each process and batch, and BatchNorm and "
                          f"losses between images need two; valid: {2 * world * accumulate} or more")
@@ -265,19 +279,21 @@ def evaluate(model, loader, autocast, stop=None):
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
-def warn_of_data(cfg, path, content, classes):
-    """Lines on stderr where a teacher's file was trained on other data, or may have seen the images held out."""
-    here, there = flatten(dataclasses.asdict(cfg)), content.get("data")  # our own files say
-    for key in ("data.name", "data.size", "data.samples", "val_split") if isinstance(there, dict) else ():
-        if key in here and here[key] != there.get(key, here[key]):
-            print(f"teacher: {path} was trained with {key}={there[key]}, here it is {here[key]}", file=sys.stderr)
-    classes_there = content.get("classes")
-    for theirs, ours in zip(classes_there, classes) if isinstance(classes_there, list) else ():
-        if theirs != ours:
-            print(f"teacher: {path} was trained on other classes: {theirs} there is {ours} here", file=sys.stderr)
-            break
+def check_data(cfg, key, path, content, classes):
+    """Raise InputError on `key` where a file was trained on other classes; lines on stderr where it was on other data,
+    or may have seen the images held out.
+    """
+    here, there, theirs = flatten(dataclasses.asdict(cfg)), content.get("data"), content.get("classes")  # ours say
+    for a, b in zip(theirs, classes) if isinstance(theirs, list) else ():
+        if a != b:
+            raise InputError(key, f"{path} was trained on other classes: {a} there is {b} here")
+    if not distributed.is_main():
+        return
+    for name in ("data.name", "data.size", "data.samples", "val_split") if isinstance(there, dict) else ():
+        if name in here and here[name] != there.get(name, here[name]):
+            print(f"{key}: {path} was trained with {name}={there[name]}, here it is {here[name]}", file=sys.stderr)
     if here.get("val_split") and not isinstance(there, dict):
-        print(f"teacher: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
+        print(f"{key}: {path} does not say on what it was trained; if on the {cfg.val_split} images held out too, it "
               "is better on them than on the test set", file=sys.stderr)
 
 
@@ -320,10 +336,7 @@ def train(cfg, set_up, ignored, timeout=None):
         warn_of_emulation(cfg.precision, device)
         warn_of_settings(cfg)
     run = set_up(cfg, rank, world, device)
-    images = zlib.crc32(repr((run.classes, run.train_loader.fingerprint, run.test_loader.fingerprint)).encode())
-    if not distributed.is_the_same(images, device):
-        raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
-    if state and state.get("images", images) != images:  # older files do not say
+    if state and state.get("images", run.images) != run.images:  # older files do not say
         raise InputError("data.root", f"other images or classes than {folder}/latest.pth was trained on; to start "
                          "another run give another name=..., to go on with that one bring them back")
     stop = Stopper(cfg.stop_after, timeout)
@@ -351,7 +364,7 @@ def train(cfg, set_up, ignored, timeout=None):
         unreadable = torch.tensor(run.train_loader.unreadable, device=device)
         clock["unreadable"] = distributed.sum_over_processes(unreadable).item()
         clock["seconds"] = time.monotonic() - start
-        save_state(cfg, run, folder, table, images=images, epoch=epoch, step=step, best=best, clock=clock)
+        save_state(cfg, run, folder, table, epoch=epoch, step=step, best=best, clock=clock)
 
     while epoch < cfg.epochs:
         start = time.monotonic() - clock["seconds"]
@@ -395,7 +408,8 @@ def train(cfg, set_up, ignored, timeout=None):
         data = {key: value for key, value in flatten(dataclasses.asdict(cfg)).items()
                 if (key.startswith("data.") or key == "val_split") and key not in ignored}
         checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
-                                                 "accuracy": last["top1"], "data": data, "classes": run.classes})
+                                                 "accuracy": last["top1"], "network": cfg.student.name, "data": data,
+                                                 "classes": run.classes})
         say(f"{folder}: finished, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
     distributed.barrier()
     return last
@@ -403,7 +417,7 @@ def train(cfg, set_up, ignored, timeout=None):
 
 def exit_code(path, action):
     """0 after action(); a line on stderr and 2 for bad input or a file that the system refuses, 3 where another process
-    is at the run, 1 for a loss that is not finite, 130 for Ctrl-C before there was anything to save.
+    is at the run, 1 for a loss that is not finite, 130 for Ctrl-C where there is nothing to save.
     """
     SIGNALLED.clear()
     code = 0
@@ -424,7 +438,7 @@ def exit_code(path, action):
     except Stopped as stopped:
         if distributed.is_main():
             print(stopped)
-    except KeyboardInterrupt:  # in the set-up: later ones become a Stopped
+    except KeyboardInterrupt:  # with a Stopper it would be a Stopped
         if distributed.is_main():
             print("stopped", file=sys.stderr)
         code = 130

@@ -32,7 +32,7 @@ UNREADABLE = 0.001  # a larger share of the images stops the run
 class Tree:
     """The files of one split, `<root>/<split>/<class>/*`: len(), classes, name(i), open(i) -> (PIL image, label).
 
-    fingerprint: a number that other files would change.
+    fingerprint: a number that other names of files would change.
     """
 
     def __init__(self, root, split):

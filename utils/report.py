@@ -93,6 +93,8 @@ def by_teacher(results, section, logs):
                                     f"{entry['probe_top1']:.2f}"] for entry in ranks if entry["teacher"] in teachers}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path}: not what rank_teachers.py writes ({error!r})") from None
+    if path.is_file() and not ranks:
+        raise ValueError(f"{path}: ranks none of the section's teachers, {', '.join(teachers)}")
     methods = [m for m in dict.fromkeys(method_and_teacher(key, teachers)[0] for key in logs) if m is not None]
     probe = ["CKA, last stage, before and after a probe", "probe's top-1"] if ranks else []
     heads = ["teacher", "top-1", *probe, *methods]

@@ -115,8 +115,8 @@ def saved_settings(folder):
 def finished(folder):
     """Whether the folder holds the log and the settings of a run that reached its last epoch."""
     lines = read_log(folder / "log.jsonl")
-    settings = saved_settings(folder) if len(lines) > 1 and (folder / "config.yaml").exists() else None
-    return settings is not None and lines[-1]["epoch"] == settings["epochs"]
+    return (len(lines) > 1 and (folder / "config.yaml").exists()
+            and lines[-1]["epoch"] == saved_settings(folder)["epochs"])
 
 
 def check_results(folder, arguments, root):
@@ -220,8 +220,8 @@ def main(argv=None):
     try:
         for override in args.overrides:
             if override.partition("=")[0] not in FOR_EVERY_RUN:
-                raise ValueError(f"{override}: what changes results belongs in the list (common: [{override}]); valid "
-                                 f"here: {', '.join(FOR_EVERY_RUN)}")
+                raise ValueError(f"{override}: valid here: {', '.join(FOR_EVERY_RUN)}; what changes results belongs in "
+                                 "the list")
         sections = load_list(args.list)
         only = args.only.split(",") if args.only else list(sections)
         for name in only:
@@ -259,7 +259,7 @@ def main(argv=None):
             continue
         if code == 3:
             continue  # another process trains its teacher
-        if signalled and code in (130, -signal.SIGTERM):  # before there was anything to save
+        if signalled and code in (130, -signal.SIGINT, -signal.SIGTERM):  # before there was anything to save
             return 0
         if code:
             print(f"error: {args.list}: {run} ended with {code}", file=sys.stderr)

@@ -80,13 +80,13 @@ def load_state(cfg, folder, ignored):
 
 
 def save_state(cfg, run, folder, table, **where):
-    """Write latest.pth with the epoch's `table` so far; `where`: epoch, step, best, clock, images."""
+    """Write latest.pth with the epoch's `table` so far; `where`: epoch, step, best, clock."""
     distributed.sum_over_processes(table.rows)  # rank 0 keeps the rows of all; the others go on from zeros
     if distributed.is_main():
         checkpoint.save(folder / "latest.pth", where | {
             "config": dataclasses.asdict(cfg), "distiller": run.distiller.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-            "scaler": run.scaler.state_dict(),
+            "scaler": run.scaler.state_dict(), "images": run.images,
             "table": {"names": table.names, "losses": table.num_losses, "rows": table.rows}})
     else:
         table.clear()

@@ -64,7 +64,7 @@ def test_all_of_it_in_float64(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
 
 
-@pytest.mark.parametrize("name", ["at", "nst", "vid", "ofd"])
+@pytest.mark.parametrize("name", ["at", "nst", "vid", "ofd", "reviewkd"])
 def test_a_network_of_a_single_map_is_refused(name):
     class Single(torch.nn.Module):
         def __init__(self):
@@ -73,7 +73,8 @@ def test_a_network_of_a_single_map_is_refused(name):
 
         def forward(self, images, return_features=False):
             feature_map = self.conv(images)
-            return feature_map.mean((2, 3)), {"maps": [feature_map]}
+            pooled = feature_map.mean((2, 3))
+            return pooled, {"maps": [feature_map], "pooled": pooled}
 
     with pytest.raises(ValueError, match="the stem's"):
         DISTILLERS[name](Single(), Single())(*batch(4))

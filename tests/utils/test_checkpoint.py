@@ -227,6 +227,12 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights):
+    weights["fc.bias"][3] = torch.nan
+    with fails(file(tmp_path / "t.pth", {"model": weights}), "fc.bias is not finite"):
+        load(tmp_path / "t.pth")
+
+
 def test_another_network_is_refused_with_the_names_and_nothing_is_loaded(tmp_path, weights):
     path = file(tmp_path / "t.pth", {"model": weights})
     with fails(path, "does not fit resnet14", "layer1.1.conv1.weight is not in the file"):

@@ -150,7 +150,8 @@ def test_students_by_teacher_and_method(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(entry | {"teacher": "plaincnn10"}) + "\n")
     lines = report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
     assert lines[5] == "| plaincnn4 | 40.00 | – | – | 31.00 ± 1.41 | – |"  # not ranked, and there all the same
-    for text in "{", '{"teacher": "plaincnn4"}', json.dumps(entry | {"teacher": "plaincnn4", "cka_after": []}):
+    odd = [{"teacher": "vgg8"}, {"teacher": "plaincnn4", "cka_after": []}]
+    for text in "", "{", '{"teacher": "plaincnn4"}', *(json.dumps(entry | changes) for changes in odd):
         (tmp_path / "r.jsonl").write_text(text)
         with pytest.raises(ValueError, match="r.jsonl"):
             report.by_teacher(tmp_path, section | {"ranking": "r.jsonl"}, logs)
@@ -371,11 +372,11 @@ def test_results_of_other_overrides_are_not_those_asked_for(teacher_and_student,
 def test_settings_that_change_results_belong_in_the_list(teacher_and_student, capsys, override):
     assert run_list.main(["results/runs.yaml", override]) == 2 and not teacher_and_student
     error = capsys.readouterr().err
-    assert f"error: {override}: what changes results belongs in the list" in error and "here: baseline, " in error
+    assert f"error: {override}: valid here: baseline, " in error and error.endswith("belongs in the list\n")
 
 
 @pytest.mark.parametrize("code, signalled, returned", [
-    (130, True, 0), (-15, True, 0), (-15, False, -15), (-9, True, -9),
+    (130, True, 0), (-2, True, 0), (-15, True, 0), (-15, False, -15), (-9, True, -9),
 ])
 def test_a_signal_before_there_is_anything_to_save(teacher_and_student, monkeypatch, code, signalled, returned):
     monkeypatch.setattr(run_list, "train", lambda *arguments: (code, signalled))
