@@ -177,7 +177,7 @@ def build_loaders(cfg, data, rank, world, device):
     size = data.train.images.shape[1]
     padding = size // 8  # 4 pixels for 32
     return (Loader(data.train, cfg.batch_size, train=True, padding=padding, seed=cfg.seed, **common),
-            Loader(data.test, max(500 * 32**2 // size**2, 1), train=False, **common))
+            Loader(data.test, max(500 * 32**2 // size**2, 64), train=False, **common))  # few if they are large
 
 
 def set_up(cfg, rank, world, device):
