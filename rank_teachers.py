@@ -9,7 +9,6 @@ stands beside it. The most accurate teacher comes first; of those that the test 
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ from utils import checkpoint, engine
 from utils.config import load_config, yaml_value
 from utils.data import load_data
 from utils.errors import InputError
-from utils.log import Table, progress
+from utils.log import Table, progress, write_log
 from utils.optim import ConnectorSettings, check_optimizers
 from utils.step import forward_backward
 
@@ -184,14 +183,12 @@ def table(ranked):
 def draw(ranked, path):
     """CKA of the last stage over the teachers' accuracy, before and after the probe, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print(f"{path}: not drawn, matplotlib is not installed", file=sys.stderr)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     for key, label in ("cka_before", "fresh student"), ("cka_after", "after the probe"):
         axes.scatter([e["top1"] for e in ranked], [e[key][-1] for e in ranked], label=label)
     for e in ranked:
@@ -244,7 +241,7 @@ def main(argv=None):
         ranked = rank(entries, len(data.test.labels))
         print(table(ranked))
         if args.out:
-            checkpoint.write(args.out, "".join(json.dumps(entry) + "\n" for entry in ranked), "--out")
+            write_log(args.out, ranked, "--out")
         if args.figure:
             draw(ranked, args.figure)
 

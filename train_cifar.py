@@ -10,7 +10,6 @@ The same command again goes on where a run was stopped, or where it was last sav
 import argparse
 import dataclasses
 import functools
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ import torch
 from distillers import DISTILLERS, NO_SETTINGS
 from models import MODELS
 from utils import checkpoint, distributed, engine
-from utils.config import flatten, help_text, load_config, section, setting
+from utils.config import help_text, load_config, section, setting
 from utils.data import Loader, load_data
 from utils.errors import InputError
 from utils.log import read_log
 from utils.optim import ConnectorSettings, OptimizerSettings, check_optimizers
-from utils.state import load_state
+from utils.state import differences, load_state
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
@@ -117,20 +116,8 @@ def check_teacher_file(cfg):
     if cfg.distiller["name"] == "ce" or path.exists():
         return
     if not cfg.teacher.train:
-        file = cfg.teacher.cfg or f"yaml/ce_{cfg.teacher.name}.yaml"
-        try:
-            other = load_config(Settings, file)
-            check_student(cfg.teacher.name, other)
-            trained = Path(other.runs, other.name or Path(file).stem, "student.pth")
-            then = "" if trained == path else f"then teacher.checkpoint={trained}; "
-            ours, theirs = (flatten(dataclasses.asdict(settings)) for settings in (cfg, other))
-            data = [shlex.quote(f"{key}={ours[key]}") for key in ours
-                    if (key.startswith("data.") or key == "val_split") and ours[key] != theirs[key]]
-            how = (f"train it: {' '.join(['python train_cifar.py --cfg', file, *data])} ({then}or set "
-                   "teacher.train=true; or name a published file)")
-        except InputError:  # no such file, or another network's
-            how = "name another file, or a YAML file that trains it: teacher.cfg=FILE teacher.train=true"
-        raise InputError("teacher.checkpoint", f"{path} is missing; {how}")
+        raise InputError("teacher.checkpoint", f"{path} is missing; name another file, or train it first: "
+                         f"teacher.train=true teacher.cfg={cfg.teacher.cfg or 'FILE'}")
     if not cfg.teacher.cfg:
         raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
     companion(cfg, "teacher.cfg", cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
@@ -174,10 +161,9 @@ def build_loaders(cfg, data, rank, world, device):
     """Loaders of the training images and of those to report on."""
     common = {"mean": data.mean, "std": data.std, "rank": rank, "world": world, "device": device,
               "channels_last": cfg.channels_last}
-    size = data.train.images.shape[1]
-    padding = size // 8  # 4 pixels for 32
-    return (Loader(data.train, cfg.batch_size, train=True, padding=padding, seed=cfg.seed, **common),
-            Loader(data.test, max(500 * 32**2 // size**2, 64), train=False, **common))  # few if they are large
+    test_batch = max(500 * 32**2 // data.test.images.shape[1] ** 2, 64)  # few if they are large
+    return (Loader(data.train, cfg.batch_size, train=True, seed=cfg.seed, **common),
+            Loader(data.test, test_batch, train=False, **common))
 
 
 def set_up(cfg, rank, world, device):
@@ -218,10 +204,10 @@ def compare(cfg, last):
         for name, entry in (other.name, alone), (cfg.name, last):
             print(f"{name:<24} top-1 {entry['top1']:6.2f}")
         print(f"{'difference':<24}       {last['top1'] - alone['top1']:+6.2f}")
-        ours, theirs = (flatten(dataclasses.asdict(settings)) for settings in (cfg, other))
-        for key in sorted((ours.keys() & theirs.keys()) - NOT_PART_OF_A_RUN - {"name"}):
-            if key.split(".")[0] not in ("teacher", "distiller", "connectors") and ours[key] != theirs[key]:
-                print(f"not of the method alone: {key} is {theirs[key]} in the first, {ours[key]} in the second")
+        ignored = NOT_PART_OF_A_RUN | {"name"}
+        for key, *values in differences(dataclasses.asdict(other), dataclasses.asdict(cfg), ignored):
+            if key.split(".")[0] not in ("teacher", "distiller", "connectors"):
+                print(f"not of the method alone: {key} is {values[0]} in the first, {values[1]} in the second")
 
 
 def evaluate_file(cfg, path):

@@ -164,13 +164,12 @@ def set_up(cfg, rank, world, device):
     train_loader = ImageLoader(train, cfg.batch_size, train=True, seed=cfg.seed, accumulate=cfg.accumulate, **common)
     test_loader = ImageLoader(val, train_loader.order.batch, train=False, **common)
     torch.manual_seed(cfg.seed % 2**63)
-    classes, networks = train.source.classes, {"student": cfg.student}
-    if cfg.distiller["name"] != "ce":
-        networks["teacher"] = cfg.teacher
+    classes = train.source.classes
     with distributed.one_of_each_node_first():  # it downloads, if need be
-        built = {role: build_network(of.name, of.weights, classes, cfg, device, f"{role}.weights")
-                 for role, of in networks.items()}
-    return engine.assemble(cfg, built["student"], built.get("teacher"), train_loader, test_loader, device, world,
+        student = build_network(cfg.student.name, cfg.student.weights, classes, cfg, device, "student.weights")
+        teacher = (build_network(cfg.teacher.name, cfg.teacher.weights, classes, cfg, device, "teacher.weights")
+                   if cfg.distiller["name"] != "ce" else None)
+    return engine.assemble(cfg, student, teacher, train_loader, test_loader, device, world,
                            teacher_file=cfg.teacher.weights, accumulate=cfg.accumulate, classes=classes)
 
 

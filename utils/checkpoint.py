@@ -55,10 +55,10 @@ def save(path, content):
 
 
 def load(path, key):
-    """The content of a torch file, tensors on the CPU, nothing executed. Raises InputError on `key`."""
+    """The content of a torch file, a dict with its tensors on the CPU; nothing executed. Raises InputError on `key`."""
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(key, f"{path} is missing") from None
     except (PermissionError, IsADirectoryError) as error:
@@ -72,6 +72,9 @@ def load(path, key):
         said = "" if isinstance(error, LookupError) else str(error)  # of the unpickler's own stack, or a bare key
         reason = [*said.splitlines(), type(error).__name__][0]
         raise InputError(key, f"{path} is damaged or not a torch file: {reason}") from None
+    if not isinstance(content, dict):
+        raise InputError(key, f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content
 
 
 def _bare(name):
@@ -87,10 +90,8 @@ def network_weights(content):
     module., student. (beside a teacher and connectors, which are left out) and _orig_mod., in any order.
     """
     for key in "model", "state_dict", "distiller":
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict):
-        return {}
     weights = {_bare(name): value for name, value in content.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if any(name.startswith("student.") for name in weights):

@@ -100,7 +100,8 @@ def build(cls, values, prefix=""):
         field = fields[name]
         if dataclasses.is_dataclass(field.type):
             if not isinstance(value, dict):
-                raise InputError(key, f"{value!r} is not a section; valid keys: {', '.join(_names(field.type))}")
+                valid = ", ".join(inner.name for inner in dataclasses.fields(field.type))
+                raise InputError(key, f"{value!r} is not a section; valid keys: {valid}")
             checked[name] = build(field.type, value, f"{key}.")
         else:
             limits = {limit: valid for limit, valid in field.metadata.items() if limit != "help"}
@@ -108,10 +109,13 @@ def build(cls, values, prefix=""):
     return cls(**checked)
 
 
-def check_arguments(function, values, prefix):
-    """Check a mapping of keyword arguments against the signature of `function`: the constructor is the schema."""
+def check_arguments(function, values, prefix, hidden=()):
+    """Check a mapping of keyword arguments against the signature of `function`: the constructor is the schema.
+
+    hidden: arguments that are no settings.
+    """
     parameters = {name: parameter for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-                  if parameter.kind is parameter.KEYWORD_ONLY}
+                  if parameter.kind is parameter.KEYWORD_ONLY and name not in hidden}
     for name, value in values.items():
         if name not in parameters:
             raise unknown_key(f"{prefix}{name}", name, parameters)
@@ -164,10 +168,6 @@ def _is_a(value, annotation):
     if annotation is int:
         return type(value) is int
     return isinstance(value, typing.get_origin(annotation) or annotation)
-
-
-def _names(cls):
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def describe(cls, prefix=""):

@@ -145,6 +145,13 @@ def load_folder(root, size):
     return read_images(train.samples, size), read_images([val.samples[i] for i in order], size), train.classes
 
 
+def to_rgb(image):
+    """A Pillow image in RGB. Raises ValueError for one of 16 or 32 bits, that Pillow would cut off at 255."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"{image.mode}, more than 8 bits a pixel")
+    return image.convert("RGB")
+
+
 def read_images(samples, size):
     """[(path, label)] * N -> Split of size x size images (bilinear; Pillow's averages when it shrinks)."""
     from PIL import Image
@@ -153,9 +160,7 @@ def read_images(samples, size):
     for i, (path, _) in enumerate(samples):
         try:
             with Image.open(path) as image:
-                if image.mode[0] in "IF":  # Pillow would cut off all that is brighter than 255
-                    raise ValueError(f"{image.mode}, more than 8 bits a pixel")
-                images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+                images[i] = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
         except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, struct.error, ...
             raise InputError("data.root", f"{path}: cannot be read ({one_line(error)})") from None
     return Split(torch.from_numpy(images), torch.tensor([label for _, label in samples]))
@@ -213,7 +218,7 @@ class Loader:
     Raises InputError when training has a batch_size that is no multiple of world, or no batch at all.
     """
 
-    def __init__(self, split, batch_size, *, mean, std, train, padding=4, seed=0, rank=0, world=1,
+    def __init__(self, split, batch_size, *, mean, std, train, seed=0, rank=0, world=1,
                  channels_last=True, device="cpu"):
         if train and batch_size % world:
             raise InputError("batch_size", f"{batch_size} is not a multiple of {world} processes")
@@ -221,7 +226,7 @@ class Loader:
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         # On the device now: copying them there in every step would make the host wait for the device.
         self.mean, self.std = (torch.tensor(value, device=device) for value in (mean, std))
-        self.batch_size, self.train, self.padding, self.seed = batch_size, train, padding, seed
+        self.batch_size, self.train, self.seed = batch_size, train, seed
         self.num_samples, self.indices, self.unreadable = len(self.labels), None, 0
         self.rank, self.world, self.channels_last, self.device, self.drawn = rank, world, channels_last, device, None
         self.order = torch.arange(rank, len(self.labels), world, device=device)  # train: replaced in each epoch
@@ -258,7 +263,7 @@ class Loader:
         # index_select: on a CPU 4 times as fast as images[indices].
         images, labels = self.images.index_select(0, indices), self.labels[indices]
         if self.train:
-            images = random_crop_flip(images, self.padding)
+            images = random_crop_flip(images, images.shape[1] // 8)  # padded by 4 pixels if of 32
         images = normalize(images, self.mean, self.std)
         return images if self.channels_last else images.contiguous(), labels
 

@@ -33,10 +33,8 @@ def check_distiller(cfg):
     name = cfg.distiller.get("name")
     if not isinstance(name, str) or name not in DISTILLERS:
         raise InputError("distiller.name", f"unknown distiller {name!r}; valid: {', '.join(DISTILLERS)}")
-    check_arguments(DISTILLERS[name].__init__, {k: v for k, v in cfg.distiller.items() if k != "name"}, "distiller.")
-    for key in NO_SETTINGS:
-        if key in cfg.distiller:
-            raise InputError(f"distiller.{key}", "is given by the script; leave it out")
+    arguments = {key: value for key, value in cfg.distiller.items() if key != "name"}
+    check_arguments(DISTILLERS[name].__init__, arguments, "distiller.", hidden=NO_SETTINGS)
     cfg.distiller = with_defaults(cfg.distiller)  # a run says all that it was, and cannot go on with other defaults
 
 
@@ -121,17 +119,6 @@ def cast_frozen(network, dtype):
             module.to(dtype)
 
 
-def fingerprint(classes, loaders, device):
-    """A number that other classes, or other images in the loaders, would change.
-
-    Raises InputError where it is not the same on all processes.
-    """
-    number = zlib.crc32(repr((classes, [loader.fingerprint for loader in loaders])).encode())
-    if not distributed.is_the_same(number, device):
-        raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
-    return number
-
-
 def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *, teacher_file="", accumulate=1,
              classes=(), graph=False):
     """All that a run works with, around networks on the device.
@@ -142,7 +129,10 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run = SimpleNamespace(student=student, teacher=teacher, teacher_file=teacher_file, train_loader=train_loader,
                           test_loader=test_loader, classes=list(classes), device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
-    run.images = fingerprint(run.classes, [loader for loader in (train_loader, test_loader) if loader], device)
+    fingerprints = [loader.fingerprint for loader in (train_loader, test_loader) if loader is not None]
+    run.images = zlib.crc32(repr((run.classes, fingerprints)).encode())  # other classes or images would change it
+    if not distributed.is_the_same(run.images, device):
+        raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
     if len(run.classes) == 1:
         raise InputError("data.root", f"there is one class, {run.classes[0]}; valid: two or more")
     if cfg.batch_size // (world * accumulate) < 2:
@@ -247,7 +237,7 @@ def train_one_epoch(cfg, run, epoch, first_step, table, clock, stop, save):
 
 
 @torch.no_grad()
-def evaluate(model, loader, autocast, stop=None):
+def evaluate(model, loader, autocast):
     """(top-1, top-5) in per cent over the whole split: counts summed over all processes, then divided.
 
     Raises Stopped where one of the processes was asked to stop, InputError where too much of the data cannot be read.
@@ -264,7 +254,7 @@ def evaluate(model, loader, autocast, stop=None):
         counts[0] += right[:, 0].sum()
         counts[1] += right.sum()
         counts[2] += len(targets)
-        if stop and stop.signalled:  # a time limit can wait for the next step
+        if SIGNALLED:  # a time limit can wait for the next step
             counts[3] += 1
             break
     counts[4] = loader.unreadable
@@ -279,11 +269,17 @@ def evaluate(model, loader, autocast, stop=None):
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
+def data_settings(cfg):
+    """-> {"data.name": ..., ..., "val_split": ...}: which images, as far as the script's Settings have such keys."""
+    flat = flatten(dataclasses.asdict(cfg))
+    return {key: value for key, value in flat.items() if key.startswith("data.") or key == "val_split"}
+
+
 def check_data(cfg, key, path, content, classes):
     """Raise InputError on `key` where a file was trained on other classes; lines on stderr where it was on other data,
     or may have seen the images held out.
     """
-    here, there, theirs = flatten(dataclasses.asdict(cfg)), content.get("data"), content.get("classes")  # ours say
+    here, there, theirs = data_settings(cfg), content.get("data"), content.get("classes")  # our files have them
     for a, b in zip(theirs, classes) if isinstance(theirs, list) else ():
         if a != b:
             raise InputError(key, f"{path} was trained on other classes: {a} there is {b} here")
@@ -297,9 +293,9 @@ def check_data(cfg, key, path, content, classes):
               "is better on them than on the test set", file=sys.stderr)
 
 
-def check_teacher(cfg, run, say, stop):
+def check_teacher(cfg, run, say):
     """Print the teacher's accuracy; stop where it is not what the settings promise."""
-    top1, _ = evaluate(run.teacher, run.test_loader, run.autocast, stop)
+    top1, _ = evaluate(run.teacher, run.test_loader, run.autocast)
     say(f"teacher {cfg.teacher.name} from {run.teacher_file}: top-1 {top1:.2f} in {cfg.precision}")
     if cfg.teacher.accuracy is not None and top1 < cfg.teacher.accuracy - 0.5:
         raise InputError("teacher.accuracy", f"{run.teacher_file} has top-1 {top1:.2f}, more than 0.5 below "
@@ -344,7 +340,7 @@ def train(cfg, set_up, ignored, timeout=None):
     say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "
         f"{run.accumulate} × {size}; {len(run.train_loader)} steps an epoch, {cfg.epochs} epochs")
     if run.teacher is not None and not state:  # once, and not at each restart
-        check_teacher(cfg, run, say, stop)
+        check_teacher(cfg, run, say)
     epoch, step, best, saved_table = 0, 0, 0.0, None
     clock = {"seconds": 0.0, "waited": 0.0, "unreadable": 0}  # of this epoch, as saved
     if state:
@@ -385,7 +381,7 @@ def train(cfg, set_up, ignored, timeout=None):
         if stop.asked:
             raise Stopped(f"{folder}: saved at epoch {epoch + 1}, step {step}; the same command goes on from there")
         try:
-            top1, top5 = evaluate(run.student, run.test_loader, run.autocast, stop)
+            top1, top5 = evaluate(run.student, run.test_loader, run.autocast)
         except Stopped:
             raise Stopped(f"{folder}: saved at epoch {epoch + 1}, before its evaluation; the same command goes on from "
                           "there") from None
@@ -405,8 +401,7 @@ def train(cfg, set_up, ignored, timeout=None):
     last = {}
     if rank == 0:
         last = read_log(folder / "log.jsonl")[-1]
-        data = {key: value for key, value in flatten(dataclasses.asdict(cfg)).items()
-                if (key.startswith("data.") or key == "val_split") and key not in ignored}
+        data = {key: value for key, value in data_settings(cfg).items() if key not in ignored}
         checkpoint.save(folder / "student.pth", {"model": run.student.state_dict(), "epoch": epoch,
                                                  "accuracy": last["top1"], "network": cfg.student.name, "data": data,
                                                  "classes": run.classes})

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
-from utils.data import STATISTICS, normalize
+from utils.data import STATISTICS, normalize, to_rgb
 from utils.errors import InputError, one_line
 
 MEAN, STD = STATISTICS["folder"]
@@ -87,14 +87,14 @@ def random_resized_crop(image, size):
     left, top, width, height = (crop[key] for key in ("left", "top", "width", "height"))
     full, factor = image.width, min(width, height) / size
     if factor < 2:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
+        pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)  # (3, H, W)
         region = pixels[:, top : top + height, left : left + width]
         return torch.nn.functional.interpolate(region[None], (size, size), mode="bilinear", antialias=True)[0]
     image.draft("RGB", (int(image.width / factor), int(image.height / factor)))  # at least so large; JPEG alone
     scale = image.width / full
     box = [scale * edge for edge in (left, top, left + width, top + height)]  # a fraction of a pixel counts here
     box[2:] = min(box[2], image.width), min(box[3], image.height)
-    return v2.functional.pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box))
+    return v2.functional.pil_to_tensor(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box))
 
 
 class Images(torch.utils.data.Dataset):
@@ -129,12 +129,10 @@ class Images(torch.utils.data.Dataset):
         """-> uint8 (size, size, 3), label. Raises what Pillow raises for a damaged file, ValueError for 16 bits."""
         image, label = self.source.open(index)
         with image:
-            if image.mode[0] in "IF":  # Pillow would cut off all that is brighter than 255
-                raise ValueError(f"{image.mode}, more than 8 bits a pixel")
             if self.train:
                 image = self.augment(random_resized_crop(image, self.size))
             else:
-                image = self.centre(image.convert("RGB"))
+                image = self.centre(to_rgb(image))
         return image.permute(1, 2, 0), label
 
     def __getitem__(self, item):

@@ -104,9 +104,9 @@ def read_log(path, epoch=math.inf):
     return lines
 
 
-def write_log(path, lines):
-    """Write a whole log anew, atomically."""
-    checkpoint.write(path, "".join(json.dumps(line) + "\n" for line in lines))
+def write_log(path, lines, key="runs"):
+    """Write a whole log anew, atomically. Raises InputError on `key` where the disk refuses."""
+    checkpoint.write(path, "".join(json.dumps(line) + "\n" for line in lines), key)
 
 
 def epoch_line(entry, epochs):

@@ -147,18 +147,17 @@ def curves(section, logs):
 def draw(results, name, title, figures):
     """What `curves` gave for a section as PNG files, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shades = pyplot.get_cmap("tab20").colors  # in pairs of a dark and a light one
+    shades = colormaps["tab20"].colors  # in pairs of a dark and a light one
     colors = shades[::2] + shades[1::2]
     for kind, ((x_label, y_label), panels) in figures.items():
         labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
         if sum(len(lines) for panel in panels.values() for lines in panel.values()) > 1:
-            figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 1, 4), squeeze=False, sharey=True)
+            figure = Figure(figsize=(5 * len(panels) + 1, 4))
+            axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
             for axis, (panel, lines) in zip(axes[0], panels.items()):
                 for label, parts in lines.items():
                     for i, (x, y, style) in enumerate(parts):
@@ -169,7 +168,6 @@ def draw(results, name, title, figures):
             handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
             axis.legend(handles.values(), handles, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
-            pyplot.close(figure)
 
 
 def report(path, drawn=True):

@@ -38,7 +38,7 @@ class Stopper:
     """
 
     def __init__(self, stop_after=0.0, timeout=None):
-        self.stop_after, self.signalled = stop_after, SIGNALLED
+        self.stop_after = stop_after
         self.asked, self.any_failed, self.total = False, False, 0
         self.group, self.exchanges = None, []
         if dist.is_initialized():
@@ -46,13 +46,9 @@ class Stopper:
         for number in signal.SIGTERM, signal.SIGINT:
             signal.signal(number, note)
 
-    @property
-    def due(self):
-        """Whether this process alone was asked to stop."""
-        return bool(self.signalled) or 0 < self.stop_after < time.monotonic() - START
-
     def __call__(self, now=False, failed=False, count=0):
-        flags = torch.tensor([self.due, failed, count], dtype=torch.int64)
+        due = bool(SIGNALLED) or 0 < self.stop_after < time.monotonic() - START
+        flags = torch.tensor([due, failed, count], dtype=torch.int64)
         if self.group:
             self.exchanges.append((flags, dist.all_reduce(flags, group=self.group, async_op=True)))
             flags = torch.zeros(3, dtype=torch.int64)

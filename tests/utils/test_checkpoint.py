@@ -272,15 +272,22 @@ def test_another_number_of_classes_is_refused_with_both_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    {}, [], 3, None, "text", torch.ones(3), {"model": {}}, {"model": 3}, {"epoch": 3}, {0: torch.ones(2)},
+    {}, {"model": {}}, {"model": 3}, {"epoch": 3}, {0: torch.ones(2)},
     {"model": {0: torch.ones(2), (1, 2): torch.ones(2)}}, {"state": {0: {"momentum_buffer": torch.ones(2)}}},
     {"conv1.weight": 3, "fc.bias": "text"}, {"other": torch.ones(2)}, {"bn1.num_batches_tracked": torch.tensor(1)},
-    {"student.other": torch.ones(2)}, [torch.ones(2)]])
+    {"student.other": torch.ones(2)}])
 def test_a_file_without_weights_of_the_network_is_refused(tmp_path, content):
     path = file(tmp_path / "t.pth", content)
     with fails(path, "no weights of resnet8") as raised:
         load(path)
     assert ("it begins with" in str(raised.value)) == bool(checkpoint.network_weights(content))
+
+
+@pytest.mark.parametrize("content", [[], 3, None, "text", torch.ones(3), [torch.ones(2)]])
+def test_a_file_that_holds_no_dict_is_refused(tmp_path, content):
+    path = file(tmp_path / "t.pth", content)
+    with fails(path, f"holds a {type(content).__name__}, not a dict"):
+        checkpoint.load(path, "teacher.checkpoint")
 
 
 def test_a_number_in_the_place_of_a_tensor_is_refused(tmp_path, weights):

@@ -33,7 +33,7 @@ def numbered(n):
 
 
 def loader(n, batch_size, train=True, **options):
-    return Loader(numbered(n), batch_size, mean=(0.0,) * 3, std=(1.0,) * 3, train=train, padding=0, **options)
+    return Loader(numbered(n), batch_size, mean=(0.0,) * 3, std=(1.0,) * 3, train=train, **options)
 
 
 def visited(loader, epoch, step):

@@ -289,6 +289,16 @@ def test_processes_exchange_gradients_once_a_step_with_its_last_batch(accumulate
     assert exchanged == expected * 4
 
 
+def test_a_process_without_images_to_report_on_sees_the_same_ones():
+    cfg, run = build_run("ce", graph=False)
+    one, seen = Split(run.test_loader.images[:1], run.test_loader.labels[:1]), []
+    for rank in 0, 1:
+        test_loader = Loader(one, 16, mean=(0.5,) * 3, std=(0.25,) * 3, train=False, rank=rank, world=2)
+        assert len(test_loader) == 1 - rank
+        seen.append(engine.assemble(cfg, run.student, None, run.train_loader, test_loader, run.device, 1).images)
+    assert seen[0] == seen[1]
+
+
 def test_connectors_follow_from_the_seed_alone():
     cfg, run = build_run("fitnet", graph=False)
 
@@ -351,7 +361,7 @@ def test_a_teacher_may_be_half_a_point_below_its_accuracy(accuracy, refused, mon
                                            autocast=None)
     cfg.teacher.accuracy = accuracy
     with pytest.raises(InputError, match="teacher.accuracy: t.pth") if refused else contextlib.nullcontext():
-        engine.check_teacher(cfg, run, print, None)
+        engine.check_teacher(cfg, run, print)
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -27,9 +27,9 @@ def test_a_first_signal_asks_and_a_second_one_kills(number, monkeypatch):
     assert not stop()
     os.kill(os.getpid(), number)
     time.sleep(0.01)
-    assert stop.due and not stop.asked  # only when the loop looks: never in the middle of a step
+    assert stopping.SIGNALLED and not stop.asked  # only when the loop looks: never in the middle of a step
     assert stop() and stop.asked
-    assert Stopper().due  # the next run of the program, one's student for instance, is not begun either
+    assert Stopper()()  # the next run of the program, one's student for instance, is not begun either
     if number == signal.SIGTERM:  # torchrun passes on what SLURM has sent to its processes too
         os.kill(os.getpid(), number)
         assert not killed and signal.getsignal(number) == stopping.note
