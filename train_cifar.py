@@ -205,9 +205,9 @@ def compare(cfg, last):
             print(f"{name:<24} top-1 {entry['top1']:6.2f}")
         print(f"{'difference':<24}       {last['top1'] - alone['top1']:+6.2f}")
         ignored = NOT_PART_OF_A_RUN | {"name"}
-        for key, *values in differences(dataclasses.asdict(other), dataclasses.asdict(cfg), ignored):
+        for key, first, second in differences(dataclasses.asdict(other), dataclasses.asdict(cfg), ignored):
             if key.split(".")[0] not in ("teacher", "distiller", "connectors"):
-                print(f"not of the method alone: {key} is {values[0]} in the first, {values[1]} in the second")
+                print(f"not of the method alone: {key} is {first} in the first, {second} in the second")
 
 
 def evaluate_file(cfg, path):

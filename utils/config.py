@@ -109,13 +109,18 @@ def build(cls, values, prefix=""):
     return cls(**checked)
 
 
+def keyword_arguments(function, hidden):
+    """{name: inspect.Parameter} of the keyword-only arguments of a function, but for those in `hidden`."""
+    return {name: parameter for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in hidden}
+
+
 def check_arguments(function, values, prefix, hidden=()):
     """Check a mapping of keyword arguments against the signature of `function`: the constructor is the schema.
 
     hidden: arguments that are no settings.
     """
-    parameters = {name: parameter for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-                  if parameter.kind is parameter.KEYWORD_ONLY and name not in hidden}
+    parameters = keyword_arguments(function, hidden)
     for name, value in values.items():
         if name not in parameters:
             raise unknown_key(f"{prefix}{name}", name, parameters)
@@ -191,10 +196,9 @@ def help_text(cls, functions, hidden=()):
     """
     lines = ["settings, in the YAML file or as key.sub=value (here with their defaults):", *describe(cls)]
     for name, function in functions.items():
-        arguments = [p for p in inspect.signature(function).parameters.values()
-                     if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
         lines += ["", f"distiller.name={name}"]
-        lines += [f"  distiller.{p.name}={yaml_value(p.default)}" for p in arguments]
+        lines += [f"  distiller.{key}={yaml_value(argument.default)}"
+                  for key, argument in keyword_arguments(function, hidden).items()]
         lines += [f"  | {line}".rstrip() for line in inspect.getdoc(function).splitlines()]
     return "\n".join(lines)
 
