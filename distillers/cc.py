@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def cc_loss(student, teacher):
     """Σ |s_i − t_i| · |s_(i+1) − t_(i+1)|, mean over neighbours in the batch: (B, D) and (B, D) -> scalar, in float32.
 
@@ -32,27 +39,34 @@ def pooled_width(model, image_size):
 
 
 class CC(nn.Module):
-    """ce_weight · CE + cc_weight · CC on the pooled features, each through a learned linear layer to `dim`.
+    """ce_weight · CE + cc_weight · CC [+ kd_weight · KL], on the pooled features, each through a learned linear layer
+    to `dim`.
 
+    kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
     student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "cc": scalar}), weighted.
-    Raises ValueError for a negative weight, a dim below 1, a label_smoothing outside 0 to 1.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "cc": scalar}), weighted; and "kd",
+    if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, a dim below 1, a label_smoothing
+    outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, cc_weight: float = 0.02, dim: int = 128,
-                 label_smoothing: float = 0.0, image_size: int = 32):
+                 kd_weight: float = 0.0, temperature: float = 4.0, label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
-        if min(ce_weight, cc_weight) < 0:
-            raise ValueError(f"ce_weight, cc_weight: {ce_weight}, {cc_weight}: one is negative")
+        if min(ce_weight, cc_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, cc_weight, kd_weight: {ce_weight}, {cc_weight}, {kd_weight}: one is negative")
         if dim < 1:
             raise ValueError(f"dim: {dim} is below 1")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.cc_weight = ce_weight, cc_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
         self.student_embed = nn.Linear(pooled_width(student, image_size), dim)
         self.teacher_embed = nn.Linear(pooled_width(teacher, image_size), dim)
 
@@ -66,10 +80,13 @@ class CC(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         embedded = self.student_embed(features["pooled"]), self.teacher_embed(teacher_features["pooled"])
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "cc": self.cc_weight * cc_loss(*embedded),
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

@@ -6,6 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def contrast_loss(scores, num_samples):
     """−log h(positive) − Σ log(1 − h(negative)), mean over the batch (section 3.1): (B, 1 + K) -> scalar.
 
@@ -106,36 +113,43 @@ def pooled_width(model, image_size):
 
 
 class CRD(nn.Module):
-    """ce_weight · CE + crd_weight · CRD on the pooled features, each through a learned linear layer to `dim`.
+    """ce_weight · CE + crd_weight · CRD [+ kd_weight · KL], on the pooled features, each through a learned linear layer
+    to `dim`.
 
     negatives, temperature, momentum: K, τ and the momentum of the banks. num_samples: how many training images there
-    are. label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
+    are. kd_weight, kd_temperature: of KD's term beside it, the field's "+ KD"; 0: without.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.
     student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,), index (B,)) -> (logits (B, K), {"ce": scalar, "crd": scalar}), weighted;
-    index: which training image each is, from 0 to num_samples − 1.
-    Raises ValueError for a negative weight, a number below 1, a temperature or momentum out of range, a label_smoothing
-    outside 0 to 1.
+    and "kd", if it has a weight. index: which training image each is, from 0 to num_samples − 1.
+    Raises ValueError for a negative weight, a number below 1, a temperature or momentum out of range, a kd_temperature
+    that is not positive, a label_smoothing outside 0 to 1.
     """
 
     needs_index = True
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, crd_weight: float = 0.8, dim: int = 128,
                  negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5, num_samples: int = 50000,
-                 label_smoothing: float = 0.0, image_size: int = 32):
+                 kd_weight: float = 0.0, kd_temperature: float = 4.0, label_smoothing: float = 0.0,
+                 image_size: int = 32):
         super().__init__()
-        if min(ce_weight, crd_weight) < 0:
-            raise ValueError(f"ce_weight, crd_weight: {ce_weight}, {crd_weight}: one is negative")
+        if min(ce_weight, crd_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, crd_weight, kd_weight: {ce_weight}, {crd_weight}, {kd_weight}: "
+                             "one is negative")
         if min(dim, negatives, num_samples) < 1:
             raise ValueError(f"dim, negatives, num_samples: {dim}, {negatives}, {num_samples}: one is below 1")
         if temperature <= 0 or not 0 <= momentum < 1:
             raise ValueError(f"temperature, momentum: {temperature}, {momentum}: temperature must be positive, "
                              "momentum at least 0 and below 1")
+        if kd_temperature <= 0:
+            raise ValueError(f"kd_temperature: {kd_temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.crd_weight = ce_weight, crd_weight
+        self.kd_weight, self.kd_temperature = kd_weight, kd_temperature
         self.student_embed = nn.Linear(pooled_width(student, image_size), dim)
         self.teacher_embed = nn.Linear(pooled_width(teacher, image_size), dim)
         self.memory = Memory(num_samples, dim, negatives, temperature, momentum)
@@ -150,11 +164,14 @@ class CRD(nn.Module):
 
     def forward(self, images, targets, index):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         embedded = [F.normalize(embed(f["pooled"]).float()) for embed, f in
                     ((self.student_embed, features), (self.teacher_embed, teacher_features))]
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "crd": self.crd_weight * self.memory(*embedded, targets, index),
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.kd_temperature)
+        return logits, losses

@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def neighbours(feature, eps=1e-7):
     """The probability that image j is a neighbour of image i, with the cosine kernel: (B, C) -> (B, B), in float32.
 
@@ -27,25 +34,31 @@ def pkt_loss(student, teacher, eps=1e-7):
 
 
 class PKT(nn.Module):
-    """ce_weight · CE + pkt_weight · PKT on the pooled features.
+    """ce_weight · CE + pkt_weight · PKT on the pooled features [+ kd_weight · KL].
 
+    kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE.
     student, teacher: network(images, return_features=True) -> (logits, {"pooled": (B, C)}).
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "pkt": scalar}), weighted.
-    Raises ValueError for a negative weight, a label_smoothing outside 0 to 1.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "pkt": scalar}), weighted; and "kd",
+    if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, a label_smoothing outside 0 to 1.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, pkt_weight: float = 30000.0,
-                 label_smoothing: float = 0.0):
+                 kd_weight: float = 0.0, temperature: float = 4.0, label_smoothing: float = 0.0):
         super().__init__()
-        if min(ce_weight, pkt_weight) < 0:
-            raise ValueError(f"ce_weight, pkt_weight: {ce_weight}, {pkt_weight}: one is negative")
+        if min(ce_weight, pkt_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, pkt_weight, kd_weight: {ce_weight}, {pkt_weight}, {kd_weight}: "
+                             "one is negative")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.pkt_weight = ce_weight, pkt_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda() and the like take the teacher along
         self.teacher._apply(*args, **kwargs)
@@ -57,9 +70,12 @@ class PKT(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "pkt": self.pkt_weight * pkt_loss(features["pooled"], teacher_features["pooled"]),
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

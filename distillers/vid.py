@@ -5,6 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def kd_loss(student_logits, teacher_logits, temperature):
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), mean over the batch; logits (B, K), in float32."""
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 @torch.no_grad()
 def map_shapes(model, image_size):
     """[(C, H, W), …] of the network's maps, from a blank image in eval mode: BatchNorm statistics stay as they are."""
@@ -47,29 +54,35 @@ class VIDStage(nn.Module):
 
 
 class VID(nn.Module):
-    """ce_weight · CE + vid_weight · Σ VID over the stages, all maps but the stem's; last with last, and so on.
+    """ce_weight · CE + vid_weight · Σ VID [+ kd_weight · KL], over the stages: all maps but the stem's, last with last.
 
-    init_variance: of q, at the start. label_smoothing: of CE. image_size: side in pixels of the image on which the
-    channels of the maps are read.
+    init_variance: of q, at the start. kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
+    label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.
     student, teacher: network(images, return_features=True) -> (logits, {"maps": [(B, C, H, W), …]}), the stem's first.
-    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "vid": scalar}), weighted.
-    Raises ValueError for a negative weight, an init_variance of 0.0001 or less, a label_smoothing outside 0 to 1,
-    and networks of a single map.
+    forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "vid": scalar}), weighted; and "kd",
+    if it has a weight.
+    Raises ValueError for a negative weight, a temperature that is not positive, an init_variance of 0.0001 or less, a
+    label_smoothing outside 0 to 1, and networks of a single map.
     """
 
     def __init__(self, student, teacher, *, ce_weight: float = 1.0, vid_weight: float = 1.0,
-                 init_variance: float = 5.0, label_smoothing: float = 0.0, image_size: int = 32):
+                 init_variance: float = 5.0, kd_weight: float = 0.0, temperature: float = 4.0,
+                 label_smoothing: float = 0.0, image_size: int = 32):
         super().__init__()
-        if min(ce_weight, vid_weight) < 0:
-            raise ValueError(f"ce_weight, vid_weight: {ce_weight}, {vid_weight}: one is negative")
+        if min(ce_weight, vid_weight, kd_weight) < 0:
+            raise ValueError(f"ce_weight, vid_weight, kd_weight: {ce_weight}, {vid_weight}, {kd_weight}: "
+                             "one is negative")
         if init_variance <= 1e-4:
             raise ValueError(f"init_variance: {init_variance} is not above 0.0001")
+        if temperature <= 0:
+            raise ValueError(f"temperature: {temperature} is not positive")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1")
         self.student, self.label_smoothing = student, label_smoothing
         # Past nn.Module's registration: train(), parameters(), state_dict() and DDP never see the teacher.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.ce_weight, self.vid_weight = ce_weight, vid_weight
+        self.kd_weight, self.temperature = kd_weight, temperature
         shapes = zip(map_shapes(student, image_size)[:0:-1], map_shapes(teacher, image_size)[:0:-1])  # from the last on
         self.stages = nn.ModuleList(VIDStage(s[0], t[0], init_variance) for s, t in shapes)
         if not self.stages:
@@ -85,10 +98,13 @@ class VID(nn.Module):
 
     def forward(self, images, targets):
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, return_features=True)
+            teacher_logits, teacher_features = self.teacher(images, return_features=True)
         logits, features = self.student(images, return_features=True)
         stages = zip(self.stages, features["maps"][:0:-1], teacher_features["maps"][:0:-1])
-        return logits, {
+        losses = {
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "vid": self.vid_weight * sum(stage(*pair) for stage, *pair in stages),
         }
+        if self.kd_weight:
+            losses["kd"] = self.kd_weight * kd_loss(logits, teacher_logits, self.temperature)
+        return logits, losses

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 ROOT = Path(__file__).parents[1]
 SMALL = {"encoder": (8, 1, 2), "decoder": (8, 1, 2)}
 ARGUMENTS = {"dpk": {"stages": [{"student": -2, "teacher": -2, **SMALL}, SMALL]},
-             "crd": {"num_samples": 1000, "negatives": 64},
-             **dict.fromkeys(["fitnet", "ofd", "reviewkd"], {"kd_weight": 1.0})}
+             "crd": {"num_samples": 1000, "negatives": 64, "kd_weight": 1.0},
+             **dict.fromkeys(["fitnet", "at", "sp", "pkt", "rkd", "vid", "cc", "nst", "ofd", "reviewkd"],
+                             {"kd_weight": 1.0})}
 
 
 def build(name, device):

@@ -106,20 +106,29 @@ def test_a_weight_may_be_zero_and_not_negative(name):
             build(name, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("name", ["fitnet", "ofd", "reviewkd", "ickd", "dpk"])
+BESIDE_KL = [name for name, distiller in DISTILLERS.items()
+             if "kd_weight" in inspect.signature(distiller).parameters and name not in ("kd", "mlkd")]
+
+
+@pytest.mark.parametrize("name", BESIDE_KL)
 def test_kl_beside_features_is_that_of_kd(name):
+    temperature = "kd_temperature" if name == "crd" else "temperature"  # CRD has another one of its own
     images, targets = batch()
     expected = build("kd", kd_weight=3.0, temperature=2.0).eval()(images, targets)[1]["kd"]
-    with_kl, without = build(name, kd_weight=3.0, temperature=2.0).eval(), build(name, kd_weight=0.0).eval()
+    with_kl, without = build(name, kd_weight=3.0, **{temperature: 2.0}).eval(), build(name, kd_weight=0.0).eval()
     losses = []
     for distiller in with_kl, without:
-        torch.manual_seed(1)  # of DPK's positions
-        losses.append(distiller(images, targets)[1])
+        torch.manual_seed(1)  # of DPK's positions and CRD's negatives
+        losses.append(call(distiller, images, targets)[1])
     kd = losses[0].pop("kd")
     assert kd.item() == pytest.approx(expected.item(), rel=1e-5) and expected > 0
     assert sum(losses[0].values()).item() == pytest.approx(sum(losses[1].values()).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="temperature: 0 "):
-        build(name, temperature=0)
+    with pytest.raises(ValueError, match=f"^{temperature}: 0 "):
+        build(name, **{temperature: 0})
+
+
+def test_all_methods_that_compare_features_take_kl_beside_them():
+    assert set(DISTILLERS) - set(BESIDE_KL) == {"ce", "kd", "dkd", "dist", "mlkd"}
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
