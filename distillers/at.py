@@ -33,7 +33,7 @@ def at_loss(student_map, teacher_map):
 
 
 class AT(nn.Module):
-    """ce_weight · CE + at_weight · Σ AT [+ kd_weight · KL], over the stages: all maps but the stem's, last with last.
+    """ce_weight · CE + at_weight · Σ AT over all maps but the stem's, last with last and so on [+ kd_weight · KL].
 
     kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE.

@@ -39,8 +39,8 @@ def pooled_width(model, image_size):
 
 
 class CC(nn.Module):
-    """ce_weight · CE + cc_weight · CC [+ kd_weight · KL], on the pooled features, each through a learned linear layer
-    to `dim`.
+    """ce_weight · CE + cc_weight · CC on the pooled features, each through a learned linear layer to `dim`
+    [+ kd_weight · KL].
 
     kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the width of the features is read.

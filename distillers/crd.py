@@ -113,8 +113,8 @@ def pooled_width(model, image_size):
 
 
 class CRD(nn.Module):
-    """ce_weight · CE + crd_weight · CRD [+ kd_weight · KL], on the pooled features, each through a learned linear layer
-    to `dim`.
+    """ce_weight · CE + crd_weight · CRD on the pooled features, each through a learned linear layer to `dim`
+    [+ kd_weight · KL].
 
     negatives, temperature, momentum: K, τ and the momentum of the banks. num_samples: how many training images there
     are. kd_weight, kd_temperature: of KD's term beside it, the field's "+ KD"; 0: without.

@@ -13,7 +13,10 @@ def kd_loss(student_logits, teacher_logits, temperature):
 
 
 def hint_loss(student_map, teacher_map):
-    """Mean squared error of two maps of one shape (B, C, H, W), in float32 (eq. 3 of the paper); else ValueError."""
+    """Mean squared error of two maps of one shape (B, C, H, W), in float32; else ValueError.
+
+    Eq. 3 of the paper has half of the sum: the weight of 100 belongs to the mean.
+    """
     if student_map.shape != teacher_map.shape:  # mse_loss would broadcast
         raise ValueError(f"hints of two shapes: student {tuple(student_map.shape)}, teacher {tuple(teacher_map.shape)}")
     return F.mse_loss(student_map.float(), teacher_map.float())

@@ -31,7 +31,7 @@ def nst_loss(student_map, teacher_map):
 
 
 class NST(nn.Module):
-    """ce_weight · CE + nst_weight · Σ NST [+ kd_weight · KL], over the stages: all maps but the stem's, last with last.
+    """ce_weight · CE + nst_weight · Σ NST over all maps but the stem's, last with last and so on [+ kd_weight · KL].
 
     kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE.

@@ -36,23 +36,28 @@ def partial_l2(student, teacher, margin):
     return ((student - target).square() * wrong).sum((1, 2, 3)).mean()
 
 
-@torch.no_grad()
+def previous(steps):
+    """The steps of autograd's graph whose results these take."""
+    return [before for step in steps if step is not None for before, _ in step.next_functions if before is not None]
+
+
+@torch.enable_grad()
 def read_preacts(model, image_size):
     """The network's pre-activations without the stem's on a blank image, and for each the BatchNorm that makes it.
 
-    [((C, H, W), BatchNorm or None), …], in eval mode: statistics stay as they are. Where no BatchNorm's output is
-    the pre-activation itself (a residual sum), it is the last of that shape on the main path. A network without
-    `preacts` gives its `maps`.
+    [((C, H, W), BatchNorm or None), …], in eval mode: statistics stay as they are. Of a residual sum it is the main
+    path's. A network without `preacts` gives its `maps`, after a ReLU then.
     """
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    outputs = []
-    handles = [module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+    side_path = "downsample", "shortcut", "convShortcut", "proj."
+    outputs = []  # (BatchNorm, what it puts out, the step of autograd's graph that does)
+    handles = [module.register_forward_hook(lambda module, _, out: outputs.append((module, out, out.grad_fn)))
                for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-               and module.affine and not any(part in name for part in ("downsample", "shortcut", "convShortcut"))]
+               and module.affine and not any(part in name for part in side_path)]
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    features = model(image, return_features=True)[1]
+    features = model(image.requires_grad_(), return_features=True)[1]
     preacts = features.get("preacts") or features["maps"]
     for handle in handles:
         handle.remove()
@@ -60,9 +65,11 @@ def read_preacts(model, image_size):
         module.train(mode)
     found = []
     for preact in preacts[1:]:
-        same = [module for module, output in outputs if output is preact]
-        of_shape = [module for module, output in outputs if output.shape == preact.shape]
-        found.append((tuple(preact.shape[1:]), (same or of_shape or [None])[-1]))
+        same = [module for module, out, _ in outputs if out is preact]
+        before = previous([preact.grad_fn])  # a sum's parts, or before a ReLU the sum; then its parts
+        parts = [module for step in before + previous(before) for module, out, made in outputs
+                 if made is step and out.shape == preact.shape]
+        found.append((tuple(preact.shape[1:]), (same + parts + [None])[0]))
     return found
 
 

@@ -27,7 +27,8 @@ def neighbours(feature, eps=1e-7):
 def pkt_loss(student, teacher, eps=1e-7):
     """KL(teacher's ‖ student's neighbours), (B, C) and (B, C') -> scalar.
 
-    A mean over all B² pairs, where the paper has their sum: the weight of 30,000 belongs to the mean.
+    A mean over all B² pairs, where the paper has their sum: the weight of 30,000 belongs to the mean, which falls about
+    as 1 / B, and to B = 64 images of one process.
     """
     p, q = neighbours(teacher), neighbours(student)
     return (p * ((p + eps) / (q + eps)).log()).mean()

@@ -54,7 +54,7 @@ class VIDStage(nn.Module):
 
 
 class VID(nn.Module):
-    """ce_weight · CE + vid_weight · Σ VID [+ kd_weight · KL], over the stages: all maps but the stem's, last with last.
+    """ce_weight · CE + vid_weight · Σ VID over all maps but the stem's, last with last and so on [+ kd_weight · KL].
 
     init_variance: of q, at the start. kd_weight, temperature: of KD's term beside it, the field's "+ KD"; 0: without.
     label_smoothing: of CE. image_size: side in pixels of the image on which the channels of the maps are read.

@@ -114,13 +114,17 @@ BESIDE_KL = [name for name, distiller in DISTILLERS.items()
 def test_kl_beside_features_is_that_of_kd(name):
     temperature = "kd_temperature" if name == "crd" else "temperature"  # CRD has another one of its own
     images, targets = batch()
-    expected = build("kd", kd_weight=3.0, temperature=2.0).eval()(images, targets)[1]["kd"]
+    logits, expected = build("kd", kd_weight=3.0, temperature=2.0).eval()(images, targets)
+    expected, [slope] = expected["kd"], torch.autograd.grad(expected["kd"], logits)
     with_kl, without = build(name, kd_weight=3.0, **{temperature: 2.0}).eval(), build(name, kd_weight=0.0).eval()
     losses = []
     for distiller in with_kl, without:
         torch.manual_seed(1)  # of DPK's positions and CRD's negatives
-        losses.append(call(distiller, images, targets)[1])
-    kd = losses[0].pop("kd")
+        logits, terms = call(distiller, images, targets)
+        losses.append(terms)
+        if distiller is with_kl:
+            kd = terms.pop("kd")
+            torch.testing.assert_close(torch.autograd.grad(kd, logits)[0], slope)
     assert kd.item() == pytest.approx(expected.item(), rel=1e-5) and expected > 0
     assert sum(losses[0].values()).item() == pytest.approx(sum(losses[1].values()).item(), rel=1e-5)
     with pytest.raises(ValueError, match=f"^{temperature}: 0 "):

@@ -75,6 +75,16 @@ def test_an_empty_image_among_others_has_a_finite_gradient(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_is_that_of_the_loss(name):
+    """A detach too many leaves the value as it is."""
+    loss, s, t = draw(name)
+    v = torch.randn(s.shape, generator=torch.Generator().manual_seed(1))
+    [gradient] = torch.autograd.grad(loss(s.requires_grad_(), t), s)
+    slope = (loss(s + 3e-3 * v, t) - loss(s - 3e-3 * v, t)) / 6e-3
+    assert slope.item() == pytest.approx((gradient * v).sum().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_computed_in_float32_under_autocast(name, dtype):
     """Features of size 500, whose squares, and more so their Gram matrices, are beyond float16's 65504."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from distillers.ofd import OFD, margin, partial_l2, read_preacts
-from models import MODELS
+from models import IMAGENET_MODELS, MODELS
 
 
 def test_the_margin_is_the_mean_of_what_is_negative():
@@ -35,15 +35,37 @@ def test_partial_l2_value_by_value():
     ("wrn_16_2", ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]),
     ("vgg13", ["block1.4", "block2.4", "block3.4", "block4.4"]),
     ("plaincnn6", ["stage1.2.bn", "stage2.2.bn"]),
+    ("shufflenetv2", [None, None, None]),  # each is two halves
+    ("resnext50_32x4d", ["body.layer1.2.bn3", "body.layer2.3.bn3", "body.layer3.5.bn3", "body.layer4.2.bn3"]),
 ])
 def test_the_batchnorm_before_each_relu(name, expected):
-    model = MODELS[name]().train()
-    names = {module: key for key, module in model.named_modules()}
+    model = (IMAGENET_MODELS | MODELS)[name](num_classes=10).train()
+    names = {module: key for key, module in model.named_modules()} | {None: None}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = read_preacts(model, 32)
     assert [names[bn] for _, bn in found] == expected
-    assert all(shape[0] == bn.num_features for shape, bn in found)
+    assert all(bn is None or shape[0] == bn.num_features for shape, bn in found)
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_batchnorm_before_a_map_that_comes_after_a_relu():
+    """Where the network gives no `preacts`; with the ReLU in place as without."""
+    class Maps(torch.nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.network = IMAGENET_MODELS["resnext50_32x4d"](num_classes=10)
+            for module in self.modules():
+                if isinstance(module, torch.nn.ReLU):
+                    module.inplace = inplace
+
+        def forward(self, images, return_features=False):
+            logits, features = self.network(images, return_features=True)
+            return logits, {"maps": features["maps"]}
+
+    for model in Maps(inplace=False), Maps(inplace=True):
+        names = {module: key for key, module in model.named_modules()}
+        found = [names[bn] for _, bn in read_preacts(model, 32)]
+        assert found == [f"network.body.layer{i}.{last}.bn3" for i, last in ((1, 2), (2, 3), (3, 5), (4, 2))]
 
 
 def test_maps_of_other_sizes_and_widths():

@@ -23,6 +23,16 @@ def test_hcl_against_the_definition():
     assert hcl_loss(300 * s.half(), t.half()).isfinite()
 
 
+def test_a_convolution_and_a_batchnorm_on_the_way_in_and_out():
+    """No ReLU: the teacher's maps before the ReLU have negative values."""
+    fusion = ABF(64, 32, 48, fuse=True)
+    for layers, shape in (fusion.reduce, (32, 64, 1, 1)), (fusion.expand, (48, 32, 3, 3)):
+        assert [type(layer) for layer in layers] == [torch.nn.Conv2d, torch.nn.BatchNorm2d]
+        assert layers[0].weight.shape == shape and layers[0].bias is None
+        bound = (3 / layers[0].weight[0].numel()) ** 0.5  # Kaiming's for a slope of 1; Conv2d's own is 1/√3 of it
+        assert 0.9 * bound < layers[0].weight.abs().max() <= bound
+
+
 def test_fusion_step_by_step():
     torch.manual_seed(0)
     fusion = ABF(3, 6, 5, fuse=True).eval()
