@@ -21,7 +21,8 @@ HEAD = """# Results
 Written by `python -m utils.report` from the logs in the folders beside this file; its argument is the list of the runs,
 `runs.yaml`.
 Top-1 is that of the last epoch, in per cent, mean ± standard deviation over n seeds; the best epoch stands beside it.
-Runs may have shared their machine with other work: do not read their times as speeds.
+Runs may have shared their machine with other work: do not read their times as speeds. In brackets behind a CPU are the
+vector instructions that PyTorch uses there, which older logs do not say.
 """
 
 
@@ -58,16 +59,18 @@ def table(name, section, logs):
     for _, key, _, arguments in runs_of(name, section):
         commands.setdefault(key, ["train_cifar.py", *arguments])
     published = section.get("published", {})
-    lines = ["| run | top-1 | n | best epoch | published | time a run | machine | commit |", "|---" * 8 + "|"]
+    heads = ["run", "top-1", "n", "best epoch", *["published"] * bool(published), "time a run", "machine", "commit"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, seeds in logs.items():
-        cells = ["not run", "0", "", str(published.get(key, "–")), "", "", ""]
+        beside = [str(published.get(key, "–"))] * bool(published)
+        cells = ["not run", "0", "", *beside, "", "", ""]
         if seeds:
             last = [log[-1] for log in seeds]
             parts = [part for log in seeds for part in (log[0], *log[0].get("resumed", []))]
             cells = [spread([entry["top1"] for entry in last]), str(len(seeds)),
-                     spread([entry["best_top1"] for entry in last]), str(published.get(key, "–")),
+                     spread([entry["best_top1"] for entry in last]), *beside,
                      duration(statistics.mean(sum(entry["seconds"] for entry in log[1:]) for log in seeds)),
-                     ", ".join(dict.fromkeys(part["hardware"] for part in parts if "hardware" in part)),
+                     "; ".join(dict.fromkeys(part["hardware"] for part in parts if "hardware" in part)),
                      ", ".join(dict.fromkeys(commit(part["git"]) for part in parts if "git" in part))]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     commands = [f"python {shlex.join(command)}    # {key}" for key, command in commands.items()]

@@ -91,6 +91,12 @@ def test_the_table_says_mean_deviation_and_what_was_not_run(listed):
     assert "| first | not run | 0 |  | – |  |  |  |" in lines
     assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 70.66 | 1 h 00 min | a machine | 0123456-dirty |" in lines
     assert any(line.startswith("python train_cifar.py --cfg yaml/ce_plaincnn2.yaml") for line in lines)
+    sections = yaml.safe_load(listed.read_text())
+    del sections["small"]["published"]
+    listed.write_text(yaml.safe_dump(sections, sort_keys=False))
+    lines = report.report(listed, drawn=False).splitlines()
+    assert "| run | top-1 | n | best epoch | time a run | machine | commit |" in lines
+    assert "| second | 69.00 ± 1.41 | 2 | 70.00 ± 1.41 | 1 h 00 min | a machine | 0123456-dirty |" in lines
 
 
 def test_figures_where_matplotlib_is_installed(listed):
