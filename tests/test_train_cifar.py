@@ -364,6 +364,20 @@ def test_a_state_that_does_not_fit_is_one_line(config, tmp_path, capsys):
     assert error.count("\n") == 1 and "latest.pth does not fit" in error and "size mismatch" in error
 
 
+def test_a_run_does_not_go_on_under_another_teacher(config, tmp_path, capsys):
+    """As after its file was trained anew."""
+    path, file = config("kd", epochs=1), tmp_path / "teacher.pth"
+    assert train_cifar.main(["--cfg", path, "stop_after=0.0001"]) == 0
+    first = file.read_bytes()
+    checkpoint.save(file, {"model": MODELS["plaincnn4"]().state_dict()})
+    capsys.readouterr()
+    assert train_cifar.main(["--cfg", path]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"teacher: {file} holds other weights than" in error
+    file.write_bytes(first)
+    assert train_cifar.main(["--cfg", path]) == 0
+
+
 def test_bad_optimizers_are_found_before_the_teacher_is_trained(config, tmp_path, capsys):
     path = config("kd", teacher={"name": "plaincnn4", "checkpoint": str(tmp_path / "none.pth"), "train": True,
                                  "cfg": config("ce", name="teacher.yaml", student={"name": "plaincnn4"}, teacher={})})

@@ -620,6 +620,19 @@ def test_processes_that_see_other_images(config, tmp_path, tree, missing):
     assert not (tmp_path / "runs/run/latest.pth").exists()
 
 
+def test_processes_with_other_teachers(config, tmp_path, teacher):
+    content = torch.load(teacher, weights_only=True)
+    weights = content.get("model", content)
+    weights["fc.bias"] = weights["fc.bias"] + 1
+    torch.save(content, tmp_path / "other.pth")
+    path, environment = config("kd", epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29565"}
+    both = [start(path, f"teacher.weights={file}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, file in enumerate((teacher, tmp_path / "other.pth"))]
+    errors = [finish(process, check=2)[1] for process in both]
+    assert f"teacher: not all processes see the same {teacher}" in errors[0]
+    assert not (tmp_path / "runs/run/latest.pth").exists()
+
+
 def test_a_run_does_not_go_on_with_other_images(config, tmp_path, tree, capsys):
     """Of as many classes, and as many images of each: their names alone differ."""
     path = config("kd", epochs=1)

@@ -133,6 +133,11 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
     run.images = zlib.crc32(repr((run.classes, fingerprints)).encode())  # other classes or images would change it
     if not distributed.is_the_same(run.images, device):
         raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
+    run.teacher_weights = 0  # a fingerprint, as that of the images
+    for value in teacher.state_dict().values() if teacher is not None else ():
+        run.teacher_weights = zlib.crc32(value.cpu().contiguous().numpy(), run.teacher_weights)
+    if not distributed.is_the_same(run.teacher_weights, device):
+        raise InputError("teacher", f"not all processes see the same {teacher_file}; valid: one file on all nodes")
     if len(run.classes) == 1:
         raise InputError("data.root", f"there is one class, {run.classes[0]}; valid: two or more")
     if cfg.batch_size // (world * accumulate) < 2:
@@ -335,6 +340,9 @@ def train(cfg, set_up, ignored, timeout=None):
     if state and state.get("images", run.images) != run.images:  # older files do not say
         raise InputError("data.root", f"other images or classes than {folder}/latest.pth was trained on; to start "
                          "another run give another name=..., to go on with that one bring them back")
+    if state and state.get("teacher", run.teacher_weights) != run.teacher_weights:
+        raise InputError("teacher", f"{run.teacher_file} holds other weights than {folder}/latest.pth was trained "
+                         "under; to start another run give another name=..., to go on with that one bring them back")
     stop = Stopper(cfg.stop_after, timeout)
     size = cfg.batch_size // (world * run.accumulate)
     say(f"{folder}: {cfg.batch_size} images a step = {world} {'processes' if world > 1 else 'process'} × "

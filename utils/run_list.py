@@ -7,9 +7,9 @@ YAML file with overrides of its own; `published` figures of runs; `teachers` and
 order of the list, the first seed of every run before the second of any. Overrides on the command line (data.root=…,
 device=…) are for every run. A run that is finished leaves its log and its settings in a folder beside the list; the
 next call goes on with an unfinished one where it was left, as after Ctrl-C or SIGTERM. A teacher of which only the
-results are there, not the weights, is trained again. A run that fails by itself (a loss that is not finite, no memory
-left) is passed over. Several processes may share a list: each passes over the runs that others are working on, and
-those that need them as teachers.
+results are there, not the weights, is trained again. A run that fails by itself (a loss that is not finite, no GPU
+memory left) is passed over, and named at the end. Several processes may share a list: each passes over the runs that
+others are working on, and those that need them as teachers.
 """
 
 import argparse
@@ -249,36 +249,33 @@ def main(argv=None):
         left = deadline - time.monotonic()
         if left < 30:
             print(f"out of time before {run}")
-            return 0
+            break
         command = ["train_cifar.py", *arguments, f"runs={args.runs}", *args.overrides]
         command += [f"stop_after={left:.0f}"] if args.seconds < float("inf") else []
         print("python", shlex.join(command), flush=True)
         code, signalled = train([sys.executable, *command], root)
         if code == 1:  # a loss that is not finite, or a traceback: it concerns this run alone
             failed.append(run)
-            continue
-        if code == 3:
-            continue  # another process trains its teacher
-        if signalled and code in (130, -signal.SIGINT, -signal.SIGTERM):  # before there was anything to save
-            return 0
-        if code:
+        elif code == 0 and finished(folder):
+            try:
+                for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
+                    checkpoint.write(results / run / file, (folder / file).read_bytes())
+            except InputError as error:
+                print(f"error: {args.list}: {error}; {run} is kept in {folder}", file=sys.stderr)
+                return 2
+        elif code == 0 or signalled and code in (130, -signal.SIGINT, -signal.SIGTERM):
+            break  # stopped, in time or by a signal, or before there was anything to save
+        elif code != 3:  # 3: another process trains its teacher
             print(f"error: {args.list}: {run} ended with {code}", file=sys.stderr)
             return code
-        if not finished(folder):
-            return 0  # stopped in time, or by a signal
-        try:
-            for file in ("log.jsonl", "config.yaml") if not finished(results / run) else ():
-                checkpoint.write(results / run / file, (folder / file).read_bytes())
-        except InputError as error:
-            print(f"error: {args.list}: {error}; {run} is kept in {folder}", file=sys.stderr)
-            return 2
-        if signalled:  # at its very end
-            return 0
+        if signalled:
+            break
+    else:
+        if not failed:
+            print("all runs of the list are finished, or other processes are working on the rest")
     if failed:
         print(f"failed: {', '.join(failed)}")
-        return 1
-    print("all runs of the list are finished, or other processes are working on the rest")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -254,6 +254,29 @@ def test_no_further_run_after_a_signal(teacher_and_student, tmp_path, monkeypatc
     assert teacher_and_student == ["teachers_t_s0"] and run_list.finished(tmp_path / "results/teachers_t_s0")
 
 
+@pytest.mark.parametrize("code", [0, 1, 3, 130, -signal.SIGTERM])
+def test_no_further_run_after_a_signal_however_this_one_ended(teacher_and_student, monkeypatch, code, capsys):
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    calls = []
+    monkeypatch.setattr(run_list, "train", lambda *arguments: calls.append(arguments) or (code, True))
+    assert run_list.main(["results/runs.yaml"]) == (code == 1) and len(calls) == 1
+    out = capsys.readouterr().out
+    assert ("failed: " in out) == (code == 1) and "all runs of the list" not in out
+
+
+def test_a_failed_run_is_named_where_time_is_up_before_the_list_ends(teacher_and_student, monkeypatch, capsys):
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    codes = iter([1, 0])  # the second one stops in time, not finished
+    monkeypatch.setattr(run_list, "train", lambda *arguments: (next(codes), False))
+    assert run_list.main(["results/runs.yaml", "--seconds", "540"]) == 1
+    out = capsys.readouterr().out
+    assert "failed: other_o_s0\n" in out and "all runs of the list" not in out
+
+
 def test_a_mistake_is_found_before_the_first_run(teacher_and_student, capsys):
     sections = yaml.safe_load(Path("results/runs.yaml").read_text())
     sections["last"] = {"title": "L", "runs": {"l": "o.yaml optimiser.lr=0.1"}}
