@@ -57,7 +57,7 @@ def read_preacts(model, image_size):
                for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
                and module.affine and not any(part in name for part in side_path)]
     image = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    features = model(image.requires_grad_(), return_features=True)[1]
+    features = model(image.requires_grad_().clone(), return_features=True)[1]  # no leaf: a network may write into it
     preacts = features.get("preacts") or features["maps"]
     for handle in handles:
         handle.remove()

@@ -326,9 +326,11 @@ def train(cfg, set_up, ignored, timeout=None):
     except InputError:
         distributed.is_the_same(-2 - rank, device)  # the others, who ask this below, end as well
         raise
-    if not distributed.is_the_same(state["epoch"] * 10**9 + state["step"] if state else -1, device):
+    finished = bool(state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs)
+    where = (state["epoch"] * 10**9 + state["step"]) * 2 + finished if state else -1
+    if not distributed.is_the_same(where, device):
         raise InputError("runs", f"not all processes see the same {folder}; valid: a folder that all nodes share")
-    if state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs:
+    if finished:
         last = log[-1]
         say(f"{folder} is finished: epoch {last['epoch']}, top-1 {last['top1']:.2f}; student in {folder}/student.pth")
         return last
