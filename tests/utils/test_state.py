@@ -38,7 +38,7 @@ def a_run(seed):
     distiller(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     return SimpleNamespace(distiller=distiller, optimizers={"student": optimizer}, scaler=torch.amp.GradScaler("cpu"),
-                           images=0)
+                           images=0, teacher_weights=0)
 
 
 def test_a_state_comes_back_whole(tmp_path):
@@ -122,7 +122,7 @@ def test_a_file_that_lacks_a_key_is_refused(tmp_path):
     save_state(Settings(), a_run(0), tmp_path, Table(1, "cpu"), epoch=1, step=0, best=0.0, clock={})
     whole = checkpoint.load(tmp_path / "latest.pth", "name")
     assert load_state(Settings(), tmp_path, set())["epoch"] == 1
-    for key in whole.keys() - {"images"}:  # which older files lack
+    for key in whole.keys() - {"images", "teacher"}:  # which older files lack
         checkpoint.save(tmp_path / "latest.pth", {name: value for name, value in whole.items() if name != key})
         with pytest.raises(InputError, match=f"is corrupt or unreadable, and was left as it is .*{key}"):
             load_state(Settings(), tmp_path, set())
