@@ -95,6 +95,13 @@ def start(*arguments, prefix=(sys.executable,), **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def start_two(path, port, first=(), second=()):
+    """Two processes of one group, each with overrides of its own."""
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [start(path, *overrides, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, overrides in enumerate((first, second))]
+
+
 def torchrun(processes, port, *arguments):
     return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}",
             *arguments)
@@ -338,8 +345,7 @@ def test_sigterm_to_whole_groups_is_not_for_the_workers(config, tmp_path, proces
 
 def test_a_stalled_process_ends_the_job_by_a_timeout(config, tmp_path):
     path = config(epochs=1000, timeout=5.0)
-    both = [start(path, env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                             "MASTER_PORT": "29554"}) for rank in (0, 1)]
+    both = start_two(path, 29554)
     wait_for((tmp_path / "runs/run/latest.pth").exists, both[0])
     both[1].send_signal(signal.SIGSTOP)
     before = time.monotonic()
@@ -599,9 +605,7 @@ def test_train_and_val_with_other_classes(config, tmp_path, tree, capsys):
 def test_processes_that_do_not_share_a_folder(config, tmp_path):
     path = config(epochs=1)
     assert main(path, "stop_after=0.1", f"runs={tmp_path / 'a'}") == 0
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29563"}
-    both = [start(path, f"runs={tmp_path / folder}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, folder in enumerate("ab")]
+    both = start_two(path, 29563, [f"runs={tmp_path / 'a'}"], [f"runs={tmp_path / 'b'}"])
     errors = [finish(process, check=2)[1] for process in both]
     assert "a folder that all nodes share" in errors[0]
     assert not (tmp_path / "b").exists()  # rank 0 alone writes
@@ -612,9 +616,7 @@ def test_processes_that_see_other_images(config, tmp_path, tree, missing):
     shutil.copytree(tree, tmp_path / "tree")
     for path in (tmp_path / "tree").glob(missing):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    path, environment = config("ce", epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29564"}
-    both = [start(path, f"data.root={root}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, root in enumerate((tree, tmp_path / "tree"))]
+    both = start_two(config("ce", epochs=1), 29564, [f"data.root={tree}"], [f"data.root={tmp_path / 'tree'}"])
     errors = [finish(process, check=2)[1] for process in both]
     assert "data.root: not all processes see the same images" in errors[0]
     assert not (tmp_path / "runs/run/latest.pth").exists()
@@ -625,9 +627,8 @@ def test_processes_with_other_teachers(config, tmp_path, teacher):
     weights = content.get("model", content)
     weights["fc.bias"] = weights["fc.bias"] + 1
     torch.save(content, tmp_path / "other.pth")
-    path, environment = config("kd", epochs=1), {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29565"}
-    both = [start(path, f"teacher.weights={file}", env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, file in enumerate((teacher, tmp_path / "other.pth"))]
+    both = start_two(config("kd", epochs=1), 29565, [f"teacher.weights={teacher}"],
+                     [f"teacher.weights={tmp_path / 'other.pth'}"])
     errors = [finish(process, check=2)[1] for process in both]
     assert f"teacher: not all processes see the same {teacher}" in errors[0]
     assert not (tmp_path / "runs/run/latest.pth").exists()

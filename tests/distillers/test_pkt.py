@@ -30,21 +30,10 @@ def test_against_the_definition():
     assert pkt_loss(1000 * s.half(), 1000 * t.half()).item() == pytest.approx(reference(s, t), rel=2e-2)
 
 
-class Given(torch.nn.Module):
-    """A network of these pooled features. Those of an untrained one are much alike, and the loss is 1e-7."""
-
-    def __init__(self, pooled):
-        super().__init__()
-        self.pooled = torch.nn.Parameter(pooled)
-
-    def forward(self, images, return_features=False):
-        return self.pooled, {"pooled": self.pooled}
-
-
-def test_on_the_pooled_features():
+def test_on_the_pooled_features(network_of):
     torch.manual_seed(0)
     s, t = torch.randn(4, 5), torch.randn(4, 9)
-    losses = PKT(Given(s), Given(t), pkt_weight=100.0)(torch.randn(4, 3, 32, 32), torch.arange(4))[1]
+    losses = PKT(network_of(s), network_of(t), pkt_weight=100.0)(torch.randn(4, 3, 32, 32), torch.arange(4))[1]
     assert losses["pkt"].item() == pytest.approx(100 * reference(s, t), rel=1e-4)
     assert losses["pkt"].item() != pytest.approx(100 * reference(t, s), rel=1e-2)  # not the other way round
     with pytest.raises(ValueError, match="pkt_weight"):

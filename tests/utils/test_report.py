@@ -202,6 +202,13 @@ def test_a_teacher_without_weights_is_trained_again_and_its_results_are_kept(tea
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"]  # and not once more
 
 
+def add_another_run():
+    """other_o_s0 to the list of teacher_and_student, before theirs."""
+    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
+    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
+    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+
+
 def test_a_teachers_teacher_is_trained_again_too(teacher_and_student, tmp_path):
     runs = {"a": "t.yaml", "b": "t.yaml teacher.checkpoint=runs/x_a_s0/student.pth",
             "c": "t.yaml teacher.checkpoint=runs/x_b_s0/student.pth",
@@ -256,9 +263,7 @@ def test_no_further_run_after_a_signal(teacher_and_student, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("code", [0, 1, 3, 130, -signal.SIGTERM])
 def test_no_further_run_after_a_signal_however_this_one_ended(teacher_and_student, monkeypatch, code, capsys):
-    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
-    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
-    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    add_another_run()
     calls = []
     monkeypatch.setattr(run_list, "train", lambda *arguments: calls.append(arguments) or (code, True))
     assert run_list.main(["results/runs.yaml"]) == (code == 1) and len(calls) == 1
@@ -267,9 +272,7 @@ def test_no_further_run_after_a_signal_however_this_one_ended(teacher_and_studen
 
 
 def test_a_failed_run_is_named_where_time_is_up_before_the_list_ends(teacher_and_student, monkeypatch, capsys):
-    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
-    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
-    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    add_another_run()
     codes = iter([1, 0])  # the second one stops in time, not finished
     monkeypatch.setattr(run_list, "train", lambda *arguments: (next(codes), False))
     assert run_list.main(["results/runs.yaml", "--seconds", "540"]) == 1
@@ -310,9 +313,7 @@ def test_a_student_waits_for_a_teacher_that_another_process_trains(teacher_and_s
 def test_a_loss_that_is_not_finite_leaves_the_other_runs_alone(teacher_and_student, monkeypatch, capsys):
     fake = run_list.train
     codes = {"teachers_t_s0": 1, "other_o_s0": 0}
-    sections = yaml.safe_load(Path("results/runs.yaml").read_text())
-    sections["other"] = {"title": "O", "runs": {"o": "o.yaml"}}
-    Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
+    add_another_run()
 
     def train(command, folder):
         code = codes[next(a for a in command if a.startswith("name=")).removeprefix("name=")]
