@@ -8,8 +8,8 @@ The same command again goes on where a run was stopped, or where it was last sav
 """
 
 import argparse
+import contextlib
 import dataclasses
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +104,6 @@ def build_network(name, num_classes, cfg, device):
     return model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
 
-def check_student(name, cfg):
-    """Raise InputError where the settings do not train the network `name`."""
-    if cfg.student.name != name:
-        raise InputError("student.name", f"it trains {cfg.student.name}, but teacher.name is {name}")
-
-
 def check_teacher_file(cfg):
     """Raise InputError where the teacher's file is missing and not to be trained, or not by its YAML file."""
     path = Path(cfg.teacher.checkpoint)
@@ -120,7 +114,9 @@ def check_teacher_file(cfg):
                          f"teacher.train=true teacher.cfg={cfg.teacher.cfg or 'FILE'}")
     if not cfg.teacher.cfg:
         raise InputError("teacher.cfg", "needed to train the teacher; valid: a YAML file, see yaml/")
-    companion(cfg, "teacher.cfg", cfg.teacher.cfg, functools.partial(check_student, cfg.teacher.name))
+    with companion(cfg, "teacher.cfg", cfg.teacher.cfg) as other:
+        if other.student.name != cfg.teacher.name:
+            raise InputError("student.name", f"it trains {other.student.name}, but teacher.name is {cfg.teacher.name}")
 
 
 def load_teacher(cfg, classes, device):
@@ -128,7 +124,8 @@ def load_teacher(cfg, classes, device):
     check_teacher_file(cfg)
     path = Path(cfg.teacher.checkpoint)
     if not path.exists():
-        other = companion(cfg, "teacher.cfg", cfg.teacher.cfg, train)
+        with companion(cfg, "teacher.cfg", cfg.teacher.cfg) as other:
+            train(other)
         trained = Path(other.runs, other.name, "student.pth")
         if distributed.is_main() and trained != path:
             checkpoint.write(path, trained.read_bytes(), "teacher.checkpoint")
@@ -140,10 +137,11 @@ def load_teacher(cfg, classes, device):
     return teacher
 
 
-def companion(cfg, key, path, action):
-    """Read another YAML file, with this run's data, device and precision; call action(settings), and return them.
+@contextlib.contextmanager
+def companion(cfg, key, path):
+    """with companion(...) as other: the settings of another YAML file, with this run's data, device and precision.
 
-    Raises InputError on `key`.
+    An InputError, of that file or in the block, is one on `key`.
     """
     try:
         other = dataclasses.replace(read_settings(path), data=cfg.data, val_split=cfg.val_split, runs=cfg.runs,
@@ -151,10 +149,9 @@ def companion(cfg, key, path, action):
                                     cuda_graph=cfg.cuda_graph, stop_after=cfg.stop_after)
         if other.name == cfg.name:
             raise InputError("name", f"{other.name} is also the name of this run; give this run another name=...")
-        action(other)
+        yield other
     except InputError as error:
         raise type(error)(key, f"{path}: {error}") from None
-    return other
 
 
 def build_loaders(cfg, data, rank, world, device):
@@ -198,7 +195,8 @@ def check_baseline(cfg, other):
 
 def compare(cfg, last):
     """Train the baseline (or find it finished) and print both, top-1 of the last epoch."""
-    other = companion(cfg, "baseline", cfg.baseline, train)
+    with companion(cfg, "baseline", cfg.baseline) as other:
+        train(other)
     if distributed.is_main():
         alone = read_log(Path(other.runs, other.name, "log.jsonl"))[-1]
         for name, entry in (other.name, alone), (cfg.name, last):
@@ -245,7 +243,8 @@ def main(argv=None):
         if args.eval is not None:  # an unset shell variable is not to train
             return evaluate_file(cfg, args.eval)
         if cfg.baseline:  # what is wrong with its settings or its folder is said before anything is trained
-            companion(cfg, "baseline", cfg.baseline, functools.partial(check_baseline, cfg))
+            with companion(cfg, "baseline", cfg.baseline) as other:
+                check_baseline(cfg, other)
         last = train(cfg)
         if cfg.baseline:
             compare(cfg, last)

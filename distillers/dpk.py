@@ -239,7 +239,7 @@ class DPKStage(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def fit(self, student_map, teacher_map):
+    def match(self, student_map, teacher_map):
         """Check the shapes; the student's map at the teacher's size."""
         channels = student_map.shape[1], teacher_map.shape[1]
         H, W = teacher_map.shape[2:]
@@ -263,7 +263,7 @@ class DPKStage(nn.Module):
 
     def forward(self, student_map, teacher_map, cka=None):
         teacher_map = teacher_map.detach()
-        student_map = self.fit(student_map, teacher_map)
+        student_map = self.match(student_map, teacher_map)
         if cka is None:  # fresh in every step
             cka = minibatch_cka(student_map, teacher_map).double()  # Python's floats are float64
             cka = cka if self.masked else cka.item()
@@ -273,22 +273,22 @@ class DPKStage(nn.Module):
         ratio, num_given = self._ratio(N)
 
         order = torch.rand(B, N, device=target.device).argsort(1)  # a random permutation of the positions per sample
-        place = order.argsort(1)  # of each position in it
+        place = order.argsort(1)  # its inverse: where each position stands in it
         if self.masked:
             given = place < num_given  # (B, N), the teacher's positions
             visible = ~given  # the student's
         else:
-            given, visible = order[:, :num_given], order[:, num_given:]
+            given, visible = order[:, :num_given], order[:, num_given:]  # (B, given), (B, N − given)
 
-        hybrid = self.stitch(self.student_encoder(student_map, visible))  # (B, N − given, D)
+        own = self.stitch(self.student_encoder(student_map, visible))  # (B, N − given, D)
         if self.teacher_encoder is None:
-            prior = hybrid.new_zeros(B, given.shape[1], hybrid.shape[2])
+            prior = own.new_zeros(B, given.shape[1], own.shape[2])
         else:
             prior = self.stitch(self.teacher_encoder(teacher_map, given))  # (B, given, D)
         if self.masked:  # both (B, N, D)
-            hybrid = torch.where(given.unsqueeze(-1), prior, hybrid)
+            hybrid = torch.where(given.unsqueeze(-1), prior, own)
         else:
-            hybrid = select(torch.cat([prior, hybrid], 1), place)  # every token back at its position
+            hybrid = select(torch.cat([prior, own], 1), place)  # every token back at its position
         hybrid = hybrid + sinusoid_positions(N, hybrid.shape[2], hybrid.device).to(self.stitch.weight.dtype)
 
         loss = F.mse_loss(self.decoder(hybrid).float(), target.float())  # over all N tokens
@@ -336,9 +336,9 @@ class DPK(nn.Module):
     The weights are by default those of the authors' code for CIFAR-100; those of their published runs are unknown.
 
     stages: one dict a stage: `student` and `teacher`, which of the networks' `maps` (what their stages pass on: after a
-    ReLU in a ResNet or VGG, without one in a WRN, of which the authors' code takes it after the next BatchNorm, or a
-    MobileNetV2); `weight`; `patch`, the side of a token; `encoder` and `decoder`, [dim, depth, heads]. None: the last
-    two maps, the second-last with weight 0.6.
+    ReLU in most; a MobileNetV2's linear bottlenecks have none, nor have a WRN's sums, which the authors' code takes
+    after the next BatchNorm); `weight`; `patch`, the side of a token; `encoder` and `decoder`, [dim, depth, heads].
+    None: the last two maps, the second-last with weight 0.6.
     ratio: "dynamic" (π = 1 − CKA), a fixed share, or "linear" or "exponential" from ratio_start to ratio_end over
     schedule_epochs (then call set_epoch). min_ratio, fallback_ratio, min_tokens, teacher_tokens: see DPKStage.
     label_smoothing: of CE. image_size: side in pixels of the images, for the shapes of the maps.
@@ -425,7 +425,7 @@ class DPK(nn.Module):
             "ce": self.ce_weight * F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing),
             "kd": self.kd_weight * kd_loss(logits, teacher_logits, self.temperature),
         }
-        pairs = [(stage.fit(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
+        pairs = [(stage.match(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
                  for (s, t, _), stage in zip(self.plan, self.stages)]
         # The CKA of all stages, fresh in every step: unless masked, the one wait for the device and other processes.
         ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).double()

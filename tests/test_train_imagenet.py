@@ -451,7 +451,7 @@ for name in "ce", "kd", "fitnet", "ickd", "dpk":
         with torch.no_grad():
             maps = [network(images, return_features=True)[1]["maps"] for network in networks]
         for i, stage in zip((3, 4), distiller.stages):
-            student, teacher = stage.fit(maps[0][i], maps[1][i]), maps[1][i]
+            student, teacher = stage.match(maps[0][i], maps[1][i]), maps[1][i]
             halves = [dpk.hsic_terms(student[half::2], teacher[half::2]) for half in (0, 1)]
             kl, kk, ll = (halves[0] + halves[1]) / 2
             assert abs(stage.cka - (kl / (kk * ll).sqrt()).item()) < 1e-5, (stage.cka, halves)

@@ -130,13 +130,13 @@ def assemble(cfg, student, teacher, train_loader, test_loader, device, world, *,
                           test_loader=test_loader, classes=list(classes), device=device, accumulate=accumulate,
                           autocast=build_autocast(cfg.precision, device))
     fingerprints = [loader.fingerprint for loader in (train_loader, test_loader) if loader is not None]
-    run.images = zlib.crc32(repr((run.classes, fingerprints)).encode())  # other classes or images would change it
-    if not distributed.is_the_same(run.images, device):
+    run.images_checksum = zlib.crc32(repr((run.classes, fingerprints)).encode())  # of classes and images
+    if not distributed.is_the_same(run.images_checksum, device):
         raise InputError("data.root", "not all processes see the same images; valid: the same files on each node")
-    run.teacher_weights = 0  # a fingerprint, as that of the images
+    run.teacher_checksum = 0
     for value in teacher.state_dict().values() if teacher is not None else ():
-        run.teacher_weights = zlib.crc32(value.cpu().contiguous().numpy(), run.teacher_weights)
-    if not distributed.is_the_same(run.teacher_weights, device):
+        run.teacher_checksum = zlib.crc32(value.cpu().contiguous().numpy(), run.teacher_checksum)
+    if not distributed.is_the_same(run.teacher_checksum, device):
         raise InputError("teacher", f"not all processes see the same {teacher_file}; valid: one file on all nodes")
     if len(run.classes) == 1:
         raise InputError("data.root", f"there is one class, {run.classes[0]}; valid: two or more")
@@ -319,15 +319,16 @@ def train(cfg, set_up, ignored, timeout=None):
     rank, world, device = distributed.start(pick_device(cfg), timeout)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     try:
-        locked = lock(folder / ".lock") if rank == 0 else True  # before the state is read, which another may be saving
+        # Before the state is read, which another may be saving; until this function ends, for it holds the open file.
+        locked = lock(folder / ".lock") if rank == 0 else True
         if not locked:
             raise Busy("name", f"another process is at {folder}; wait for it, or give another name=...")
         state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
     except InputError:
-        distributed.is_the_same(-2 - rank, device)  # the others, who ask this below, end as well
+        distributed.is_the_same(-2 - rank, device)  # as nobody's below, so that the others end there as well
         raise
     finished = bool(state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs)
-    where = (state["epoch"] * 10**9 + state["step"]) * 2 + finished if state else -1
+    where = (state["epoch"] * 10**9 + state["step"]) * 2 + finished if state else -1  # all three in one number
     if not distributed.is_the_same(where, device):
         raise InputError("runs", f"not all processes see the same {folder}; valid: a folder that all nodes share")
     if finished:
@@ -339,10 +340,10 @@ def train(cfg, set_up, ignored, timeout=None):
         warn_of_emulation(cfg.precision, device)
         warn_of_settings(cfg)
     run = set_up(cfg, rank, world, device)
-    if state and state.get("images", run.images) != run.images:  # older files do not say
+    if state and state.get("images", run.images_checksum) != run.images_checksum:  # older files do not say
         raise InputError("data.root", f"other images or classes than {folder}/latest.pth was trained on; to start "
                          "another run give another name=..., to go on with that one bring them back")
-    if state and state.get("teacher", run.teacher_weights) != run.teacher_weights:
+    if state and state.get("teacher", run.teacher_checksum) != run.teacher_checksum:
         raise InputError("teacher", f"{run.teacher_file} holds other weights than {folder}/latest.pth was trained "
                          "under; to start another run give another name=..., to go on with that one bring them back")
     stop = Stopper(cfg.stop_after, timeout)

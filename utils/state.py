@@ -86,7 +86,7 @@ def save_state(cfg, run, folder, table, **where):
         checkpoint.save(folder / "latest.pth", where | {
             "config": dataclasses.asdict(cfg), "distiller": run.distiller.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()},
-            "scaler": run.scaler.state_dict(), "images": run.images, "teacher": run.teacher_weights,
+            "scaler": run.scaler.state_dict(), "images": run.images_checksum, "teacher": run.teacher_checksum,
             "table": {"names": table.names, "losses": table.num_losses, "rows": table.rows}})
     else:
         table.clear()

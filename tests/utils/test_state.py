@@ -38,7 +38,7 @@ def a_run(seed):
     distiller(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     return SimpleNamespace(distiller=distiller, optimizers={"student": optimizer}, scaler=torch.amp.GradScaler("cpu"),
-                           images=0, teacher_weights=0)
+                           images_checksum=0, teacher_checksum=0)
 
 
 def test_a_state_comes_back_whole(tmp_path):
