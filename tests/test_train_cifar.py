@@ -301,6 +301,24 @@ def test_a_non_finite_loss_stops_with_its_name_and_keeps_the_checkpoint(config, 
     assert train_cifar.main(["--cfg", path]) == 0
 
 
+def test_a_stop_does_not_save_what_is_not_finite(config, tmp_path, monkeypatch, capsys):
+    real, calls = train_cifar.DISTILLERS["kd"].forward, []
+
+    def poisoned(self, images, targets):
+        logits, losses = real(self, images, targets)
+        calls.append(0)
+        if len(calls) == 7:  # the second step of the second epoch, where nobody looks at the losses
+            losses["kd"] = losses["kd"] * float("nan")
+            stopping.SIGNALLED.append(time.monotonic())
+        return logits, losses
+
+    monkeypatch.setattr(train_cifar.DISTILLERS["kd"], "forward", poisoned)
+    assert train_cifar.main(["--cfg", config("kd", log_every=1000)]) == 1
+    assert "'kd'" in (error := capsys.readouterr().err) and "epoch 2, step 2" in error
+    state = checkpoint.load(tmp_path / "runs/run/latest.pth", "test")
+    assert (state["epoch"], state["step"]) == (0, 5)
+
+
 def test_weights_that_are_not_finite_are_not_saved(config, tmp_path, capsys):
     assert train_cifar.main(["--cfg", config("ce", teacher={}, save_every=1, optimizer={"lr": 1e45})]) == 1
     error = capsys.readouterr().err
@@ -392,6 +410,31 @@ def test_a_seed_may_be_any_number_and_a_lost_log_is_no_error(config, tmp_path):
     (tmp_path / "runs/run/log.jsonl").unlink()
     assert train_cifar.main(["--cfg", path]) == 0
     assert log(tmp_path / "runs/run") == entries  # the last epoch is evaluated anew
+
+
+def test_a_seed_reaches_the_student_the_connectors_and_the_order_of_images(config):
+    def drawn(seed):
+        cfg = train_cifar.read_settings(config("dpk"), [f"seed={seed}"])
+        run = train_cifar.set_up(cfg, 0, 1, torch.device("cpu"))
+        return next(run.student.parameters()), next(run.distiller.stages.parameters()), run.train_loader.choose(0, 0)
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(a.equal(b) for a, b in zip(first, again)) and not any(a.equal(b) for a, b in zip(first, other))
+
+
+def test_crd_has_a_row_for_each_training_image(config):
+    run = train_cifar.set_up(train_cifar.read_settings(config("crd")), 0, 1, torch.device("cpu"))
+    assert len(run.distiller.memory.student_bank) == len(run.train_loader.labels) == 300
+
+
+def test_each_process_has_its_own_images(config):
+    cfg = train_cifar.read_settings(config("kd"))
+    data = train_cifar.load_data("synthetic", samples=300)
+    [whole, (train, test)] = [[torch.cat(parts) for parts in zip(*(
+        [loader.choose(0, 0) for loader in train_cifar.build_loaders(cfg, data, rank, world, "cpu")]
+        for rank in range(world)))] for world in (1, 2)]
+    assert sorted(train.tolist()) == sorted(whole[0].tolist()) and len(train) == 64
+    assert sorted(test.tolist()) == sorted(whole[1].tolist()) == list(range(60))
 
 
 def test_validation_split_reports_on_held_out_training_images(config, tmp_path):
@@ -517,19 +560,38 @@ dist.destroy_process_group()
 def test_a_missing_teacher_is_one_line_or_is_trained(config, tmp_path, capsys):
     teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
     missing = {"name": "plaincnn4", "checkpoint": str(tmp_path / "runs/teacher/student.pth"), "cfg": teacher}
-    path = config("kd", teacher=missing, epochs=1, precision="bf16")
+    path = config("kd", teacher=missing, epochs=1, precision="bf16", val_split=100)
     assert train_cifar.main(["--cfg", path]) == 2
     assert f"is missing; name another file, or train it first: teacher.train=true teacher.cfg={teacher}\n" in (
         capsys.readouterr().err)
+    assert train_cifar.main(["--cfg", path, "teacher.train=true", "stop_after=0.1"]) == 0
+    assert f"{tmp_path}/runs/teacher: saved at epoch 1, step 1" in capsys.readouterr().out
     assert train_cifar.main(["--cfg", path, "teacher.train=true"]) == 0
-    assert (tmp_path / "runs/teacher/student.pth").exists()
-    assert "precision: bf16" in (tmp_path / "runs/teacher/config.yaml").read_text()  # as the student
+    assert checkpoint.load(missing["checkpoint"], "test")["data"]["val_split"] == 100  # as the student
+    assert "precision: bf16" in (tmp_path / "runs/teacher/config.yaml").read_text()
     capsys.readouterr()
     assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=second"]) == 0
     assert "teacher: finished" not in capsys.readouterr().out  # cached
     elsewhere = str(tmp_path / "elsewhere.pth")
     assert train_cifar.main(["--cfg", path, "teacher.train=true", "name=third", f"teacher.checkpoint={elsewhere}"]) == 0
     assert same_weights(elsewhere, missing["checkpoint"])
+
+
+def test_two_processes_train_a_teacher_a_student_and_its_baseline(config, tmp_path):
+    alone = config("ce", name="alone.yaml", epochs=1, teacher={})
+    teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
+    path = config("kd", epochs=1, device="cpu", baseline=alone, teacher={
+        "name": "plaincnn4", "checkpoint": str(tmp_path / "new.pth"), "cfg": teacher, "train": True})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29545",
+               str(ROOT / "train_cifar.py"), "--cfg", path]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("difference") == 1
+    assert same_weights(tmp_path / "new.pth", tmp_path / "runs/teacher/student.pth")
+    for name in "teacher", "run", "alone":
+        assert result.stdout.count(f"{tmp_path}/runs/{name}: finished") == 1
+        assert json.loads((tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
 
 
 def test_ctrl_c_before_there_is_anything_to_save(config, monkeypatch, capsys):
@@ -563,12 +625,17 @@ def test_a_teacher_of_ours_that_saw_other_data_is_said_to_have(config, tmp_path,
     assert f"{file} does not say on what it was trained" in capsys.readouterr().err
 
 
-def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_named_last(config, tmp_path, capsys):
+def test_a_baseline_of_other_data_is_refused_first_and_one_of_another_length_named_last(config, tmp_path, monkeypatch,
+                                                                                        capsys):
     alone = config("ce", name="alone.yaml", epochs=1, teacher={})
     path = config("kd", epochs=1, baseline=alone)
-    assert train_cifar.main(["--cfg", path]) == 0
+    accuracies = iter([50.0, 40.0, 30.5])  # the teacher, its student, and the student alone
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", lambda *_: (next(accuracies), 60.0))
+        assert train_cifar.main(["--cfg", path]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "difference" in out[-1] and out[-3].startswith("alone ") and out[-2].startswith("run ")
+    assert [line.split() for line in out[-3:]] == [
+        ["alone", "top-1", "30.50"], ["run", "top-1", "40.00"], ["difference", "+9.50"]]
     assert train_cifar.main(["--cfg", path, "name=longer", "epochs=2", "seed=1"]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "not of the method alone: epochs is 1 in the first, 2 in the second",
@@ -832,6 +899,10 @@ def test_a_folder_without_images_and_one_with_two_classes(config, tmp_path, caps
                 picture.save(images / split / label / f"{i}.png")
     assert train_cifar.main(["--cfg", path, *settings]) == 0
     assert log(tmp_path / "runs/run")[-1]["top5"] == 100  # of two classes
+    for number, file in enumerate(["train/cat/0.png", "val/dog/0.png"]):  # one image fewer
+        assert train_cifar.main(["--cfg", path, *settings, f"name=fewer{number}", "stop_after=0.0001"]) == 0
+        (images / file).unlink()
+        assert "other images or classes than" in refused(capsys, path, *settings, f"name=fewer{number}")
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(config, tmp_path):

@@ -385,13 +385,18 @@ if __name__ == "__main__":  # not in the worker processes that read the images
 def test_few_unreadable_images_are_named_counted_and_left_out(config, tmp_path, tree, monkeypatch, capsys):
     shutil.copytree(tree, tmp_path / "tree")
     path = config("kd", data={"root": str(tmp_path / "tree"), "size": 32, "workers": 0}, epochs=1, save_every=0)
-    whole = (tmp_path / "tree/train/n0/4.jpg").read_bytes()
-    (tmp_path / "tree/train/n0/4.jpg").write_bytes(whole[:-300])
-    (tmp_path / "tree/val/n1/1.jpg").write_bytes(b"")
-    assert main(path) == 2  # 1 of 96
-    error = capsys.readouterr().err
-    assert "n0/4.jpg" in error.splitlines()[0] or "n1/1.jpg" in error.splitlines()[0]
-    assert "more than 0.1 %" in error.splitlines()[-1] and "Traceback" not in error
+    train, val = tmp_path / "tree/train/n0/4.jpg", tmp_path / "tree/val/n1/1.jpg"
+    whole = train.read_bytes(), val.read_bytes()
+    for file, kept, method in (train, whole[0][:-300], "kd"), (val, b"", "kd"), (val, b"", "ce"):  # 1 of 96, 1 of 7
+        train.write_bytes(whole[0])
+        val.write_bytes(whole[1])
+        file.write_bytes(kept)
+        distiller = f"distiller={{name: {method}}}"
+        assert main(path, distiller, f"name={file.stem}_{method}") == 2
+        error = capsys.readouterr().err
+        assert f"{file.parent.name}/{file.name}: " in error.splitlines()[0]
+        assert "more than 0.1 %" in error.splitlines()[-1] and "Traceback" not in error
+    train.write_bytes(whole[0][:-300])
     monkeypatch.setattr("utils.images.UNREADABLE", 0.2)
     assert main(path) == 0
     error = capsys.readouterr().err
@@ -400,6 +405,28 @@ def test_few_unreadable_images_are_named_counted_and_left_out(config, tmp_path, 
     assert "on 6 images" in capsys.readouterr().out
     [entry] = log(tmp_path / "runs/run")
     assert entry["unreadable"] == 2 and entry["top1"] in [pytest.approx(100 * n / 6) for n in range(7)]
+
+
+def test_the_settings_of_augmentation_and_the_seed_reach_the_images(config):
+    settings = {"root": "unused", "name": "fake", "size": 32, "workers": 0}
+    path = config("kd", data=settings | {"randaugment": 9, "color_jitter": 0.4, "random_erasing": 0.1}, seed=7)
+    cfg = train_imagenet.read_settings(path)
+    images = train_imagenet.load_images(cfg, "train")
+    names = [type(step).__name__ for step in images.augment.transforms]
+    assert {"RandAugment", "ColorJitter", "RandomErasing"} <= set(names) and images.seed == 7
+    plain = train_imagenet.load_images(train_imagenet.read_settings(config("kd", data=settings)), "train")
+    assert not {"RandAugment", "ColorJitter", "RandomErasing"} & {
+        type(step).__name__ for step in plain.augment.transforms}
+
+
+def test_a_seed_reaches_the_student_and_the_order_of_images(config):
+    def drawn(seed):
+        cfg = train_imagenet.read_settings(config("kd"), [f"seed={seed}"])
+        run = train_imagenet.set_up(cfg, 0, 1, torch.device("cpu"))
+        return next(run.student.parameters()), torch.tensor(list(run.train_loader.order))
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(a.equal(b) for a, b in zip(first, again)) and not any(a.equal(b) for a, b in zip(first, other))
 
 
 # -------------------------------------------------------------------------------------------------- several processes

@@ -43,6 +43,8 @@ def append(path, entry):
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before a checkpoint that is ahead of it
     except OSError as error:
         raise InputError("runs", f"cannot write {path}: {error.strerror}") from None
 

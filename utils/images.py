@@ -91,9 +91,8 @@ def random_resized_crop(image, size):
         region = pixels[:, top : top + height, left : left + width]
         return torch.nn.functional.interpolate(region[None], (size, size), mode="bilinear", antialias=True)[0]
     image.draft("RGB", (int(image.width / factor), int(image.height / factor)))  # at least so large; JPEG alone
-    scale = image.width / full
-    box = [scale * edge for edge in (left, top, left + width, top + height)]  # a fraction of a pixel counts here
-    box[2:] = min(box[2], image.width), min(box[3], image.height)
+    scale = round(full / image.width)  # 1, 2, 4 or 8: the last row and column may stand for fewer pixels
+    box = [edge / scale for edge in (left, top, left + width, top + height)]  # a fraction of a pixel counts here
     return v2.functional.pil_to_tensor(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box))
 
 

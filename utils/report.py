@@ -179,8 +179,8 @@ def report(path, drawn=True):
     for name, section in load_list(path).items():
         logs = logs_of(results, name, section)
         for key, run in section.get("teachers", {}).items():  # its accuracy in place of its name, once it is trained
-            log = read_log(results / run / "log.jsonl")
-            section["teachers"][key] = log[-1]["top1"] if log[1:] else None
+            done = finished(results / run)
+            section["teachers"][key] = read_log(results / run / "log.jsonl")[-1]["top1"] if done else None
         lines += [f"## {section['title']}", "", section.get("text", ""), "", *by_teacher(results, section, logs),
                   *table(name, section, logs), ""]
         figures = curves(section, logs)

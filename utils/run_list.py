@@ -14,6 +14,7 @@ others are working on, and those that need them as teachers.
 
 import argparse
 import dataclasses
+import os
 import shlex
 import signal
 import subprocess
@@ -176,8 +177,12 @@ def check(path, queue, makers, root, overrides=()):
         checked.append((cfg, own))
         try:
             asked = train_cifar.read_settings(root / cfg, own)
-            if asked.teacher.checkpoint not in makers:
+            teacher = asked.teacher.checkpoint
+            if teacher not in makers:
                 train_cifar.check_teacher_file(asked)
+            elif teacher != teacher_file(own) and asked.distiller["name"] != "ce":  # nobody would wait for it
+                raise InputError("teacher.checkpoint", f"this list makes {teacher}; valid: "
+                                 f"teacher.checkpoint={teacher} among the run's arguments")
         except InputError as error:
             raise ValueError(f"{path}: {run}: {cfg}: {error}") from None
 
@@ -208,7 +213,8 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=float("inf"),
                         help="save and leave after so long; no run begins with fewer than 30 left")
     parser.add_argument("--only", metavar="SECTION,…", help="these sections alone")
-    parser.add_argument("--runs", default="runs", help="where the runs are kept, with their weights")
+    parser.add_argument("--runs", default="runs", type=os.path.expanduser,
+                        help="where the runs are kept, with their weights")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings for every run")
     args = parser.parse_intermixed_args(argv)
     root, results, deadline = Path(__file__).parents[1], Path(args.list).parent, time.monotonic() + args.seconds
@@ -234,7 +240,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = []
+    failed, result = [], 0
     for run, arguments in queue:
         folder, teacher = root / args.runs / run, teacher_file(arguments)
         if teacher in makers and not (root / teacher).exists():
@@ -243,7 +249,8 @@ def main(argv=None):
             mine = lock(folder.with_name(f"{run}.lock"))
         except InputError as error:
             print(f"error: --runs: {error}", file=sys.stderr)
-            return 2
+            result = 2
+            break
         if mine is None or finished(results / run) and (folder / "student.pth").exists():
             continue
         left = deadline - time.monotonic()
@@ -262,12 +269,14 @@ def main(argv=None):
                     checkpoint.write(results / run / file, (folder / file).read_bytes())
             except InputError as error:
                 print(f"error: {args.list}: {error}; {run} is kept in {folder}", file=sys.stderr)
-                return 2
+                result = 2
+                break
         elif code == 0 or signalled and code in (130, -signal.SIGINT, -signal.SIGTERM):
             break  # stopped, in time or by a signal, or before there was anything to save
         elif code != 3:  # 3: another process trains its teacher
             print(f"error: {args.list}: {run} ended with {code}", file=sys.stderr)
-            return code
+            result = code
+            break
         if signalled:
             break
     else:
@@ -275,7 +284,7 @@ def main(argv=None):
             print("all runs of the list are finished, or other processes are working on the rest")
     if failed:
         print(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    return result or (1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ class Tree:
     table: dict = setting({"name": "ce"}, "a table")
 
 
+@dataclass
+class Twins:
+    branch: Branch = section(Branch)
+    other: Leaf = section(Leaf)
+
+
 def load(tmp_path, text, *overrides, cls=Tree):
     path = tmp_path / "settings.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -279,6 +285,11 @@ def test_a_text_is_meant_to_its_end_and_may_begin_at_home(tmp_path, text, value)
 def test_an_override_makes_the_section_that_the_file_lacks(tmp_path):
     config = load(tmp_path, "count: 2", "branch.leaf.steps=[5, 6]", "branch.leaf.goal=3.5")
     assert config == Tree(count=2, branch=Branch(Leaf(steps=[5, 6], goal=3.5)))
+
+
+def test_an_override_is_of_one_section_where_a_yaml_anchor_makes_two_alike(tmp_path):
+    cfg = load(tmp_path, "branch: {leaf: &leaf {rate: 2.0}}\nother: *leaf", "branch.leaf.rate=3.0", cls=Twins)
+    assert (cfg.branch.leaf.rate, cfg.other.rate) == (3.0, 2.0)
 
 
 @pytest.mark.parametrize(("override", "key", "words"), [

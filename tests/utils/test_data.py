@@ -182,6 +182,15 @@ def test_a_batch_is_a_function_of_epoch_step_and_the_global_seed():
     assert not torch.equal(train.batch(2, 1)[0], images)  # the global generator has moved on: other crops
 
 
+@pytest.mark.parametrize("size, padding", [(32, 4), (64, 8)])
+def test_images_are_padded_by_an_eighth(size, padding, monkeypatch):
+    used = []
+    monkeypatch.setattr("utils.data.random_crop_flip", lambda images, padding: used.append(padding) or images)
+    split = Split(random_images(8, size, size), torch.arange(8))
+    Loader(split, 8, mean=MEAN, std=STD, train=True).batch(0, 0)
+    assert used == [padding]
+
+
 def test_evaluation_does_not_augment():
     split = Split(random_images(10), torch.arange(10))
     test = Loader(split, 64, mean=MEAN, std=STD, train=False)

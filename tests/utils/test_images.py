@@ -49,15 +49,16 @@ def test_the_crop_is_torchvisions(tmp_path, kind):
         assert difference.max() <= 1 and difference.mean() < 0.1  # of 255, by rounding
 
 
-def test_a_large_jpeg_is_decoded_smaller_and_stays_close(tmp_path):
-    picture(1600, 1200).save(tmp_path / "a.jpg", quality=95)
+@pytest.mark.parametrize("width, height", [(1600, 1200), (1601, 1203)])
+def test_a_large_jpeg_is_decoded_smaller_and_stays_close(tmp_path, width, height):
+    picture(width, height).save(tmp_path / "a.jpg", quality=95)
     for seed in range(5):
         torch.manual_seed(seed)
         image = Image.open(tmp_path / "a.jpg")
         own = random_resized_crop(image, 128)
         torch.manual_seed(seed)
         crop = v2.RandomResizedCrop(128).make_params([Image.open(tmp_path / "a.jpg")])
-        assert (image.size < (1600, 1200)) == (min(crop["width"], crop["height"]) >= 256)
+        assert (image.size < (width, height)) == (min(crop["width"], crop["height"]) >= 256)
         torch.manual_seed(seed)
         theirs = v2.functional.pil_to_tensor(v2.RandomResizedCrop(128)(Image.open(tmp_path / "a.jpg").convert("RGB")))
         assert (own.float() - theirs.float()).abs().mean() < 1.0  # of 255

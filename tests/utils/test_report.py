@@ -227,6 +227,12 @@ def test_runs_may_be_kept_elsewhere(teacher_and_student, tmp_path):
     assert teacher_and_student == ["teachers_t_s0", "students_s_s0"] and not (tmp_path / "runs").exists()
 
 
+def test_runs_may_be_kept_at_home(teacher_and_student, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run_list.main(["results/runs.yaml", "--runs=~/mine"]) == 0  # no shell's ~, behind a =
+    assert (tmp_path / "home/mine/students_s_s0/student.pth").exists() and not (tmp_path / "~").exists()
+
+
 def test_every_run_gets_the_overrides_last_and_the_time_that_is_left(teacher_and_student, monkeypatch):
     fake, commands = run_list.train, []
     monkeypatch.setattr(run_list, "train", lambda command, folder: (commands.append(command), fake(command, folder))[1])
@@ -280,6 +286,22 @@ def test_a_failed_run_is_named_where_time_is_up_before_the_list_ends(teacher_and
     assert "failed: other_o_s0\n" in out and "all runs of the list" not in out
 
 
+def test_a_failed_run_is_named_where_a_wrong_one_ends_the_list(teacher_and_student, monkeypatch, capsys):
+    add_another_run()
+    codes = iter([1, 2])
+    monkeypatch.setattr(run_list, "train", lambda *arguments: (next(codes), False))
+    assert run_list.main(["results/runs.yaml"]) == 2
+    printed = capsys.readouterr()
+    assert "failed: other_o_s0\n" in printed.out and "teachers_t_s0 ended with 2" in printed.err
+
+
+def test_no_run_begins_with_fewer_than_30_seconds_left(teacher_and_student, monkeypatch, capsys):
+    monkeypatch.setattr(run_list, "time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    assert run_list.main(["results/runs.yaml", "--seconds=45"]) == 0  # 35 left, then 25
+    assert teacher_and_student == ["teachers_t_s0"]
+    assert "out of time before students_s_s0" in capsys.readouterr().out
+
+
 def test_a_mistake_is_found_before_the_first_run(teacher_and_student, capsys):
     sections = yaml.safe_load(Path("results/runs.yaml").read_text())
     sections["last"] = {"title": "L", "runs": {"l": "o.yaml optimiser.lr=0.1"}}
@@ -288,8 +310,11 @@ def test_a_mistake_is_found_before_the_first_run(teacher_and_student, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: results/runs.yaml: last_l_s0: o.yaml: optimiser") and "nearest: optimizer" in error
     for setting, words in (("'distiller={name: dpk, stages: [{student: 9}]}'", "the student has no map 9"),
-                           ("distiller.name=kd", "teacher.checkpoint: nowhere.pth is missing")):
-        sections["last"]["runs"]["l"] = f"o.yaml {setting} teacher.name=resnet8 teacher.checkpoint=nowhere.pth"
+                           ("distiller.name=kd", "teacher.checkpoint: nowhere.pth is missing"),
+                           ("distiller.name=kd 'teacher={name: resnet8, checkpoint: runs/teachers_t_s0/student.pth}'",
+                            "teacher.checkpoint: this list makes runs/teachers_t_s0/student.pth; valid: ")):
+        teacher = "" if "teacher=" in setting else "teacher.name=resnet8 teacher.checkpoint=nowhere.pth"
+        sections["last"]["runs"]["l"] = f"o.yaml {setting} {teacher}"
         Path("results/runs.yaml").write_text(yaml.safe_dump(sections))
         assert run_list.main(["results/runs.yaml"]) == 2 and not teacher_and_student
         error = capsys.readouterr().err

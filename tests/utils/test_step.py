@@ -13,6 +13,7 @@ from utils import distributed, engine
 from utils.data import Loader, Split, load_data
 from utils.errors import InputError
 from utils.log import Table
+from utils.optim import ConnectorSettings
 from utils.step import forward_backward
 
 STAGE = {"encoder": [8, 1, 2], "decoder": [8, 1, 2]}
@@ -297,6 +298,16 @@ def test_a_process_without_images_to_report_on_sees_the_same_ones():
         assert len(test_loader) == 1 - rank
         seen.append(engine.assemble(cfg, run.student, None, run.train_loader, test_loader, run.device, 1).images)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_parameter_of_both_optimizers_is_trained(precision):
+    cfg, run = build_run("dpk", graph=False, precision=precision,
+                         connectors=ConnectorSettings(optimizer="adamw", warmup_epochs=0))
+    assert len(run.optimizers) == 2
+    before = {name: parameter.clone() for name, parameter in run.distiller.named_parameters()}
+    train(cfg, run, epochs=1)
+    assert not [name for name, parameter in run.distiller.named_parameters() if parameter.equal(before[name])]
 
 
 def test_connectors_follow_from_the_seed_alone():
