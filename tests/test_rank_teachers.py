@@ -100,11 +100,31 @@ def test_two_files_of_one_network_are_told_apart(files, capsys):
     assert f"plaincnn4 ({files[0]})" in text and f"plaincnn4 ({second})" in text
 
 
-def test_cka_leaves_out_a_rest_of_fewer_than_four_images():
-    class Batches(list):
-        def batch(self, epoch, step):
-            return self[step], None
+class Batches(list):
+    """Of images, as a loader."""
 
+    def batch(self, epoch, step):
+        return self[step], None
+
+
+def test_cka_is_of_four_batches_in_eval_mode_its_terms_averaged_first():
+    torch.manual_seed(0)
+    student, teacher = MODELS["plaincnn2"]().train(), MODELS["plaincnn4"]().eval()
+    batches = Batches(torch.randn(8, 3, 32, 32) for _ in range(5))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    found = rank_teachers.measure_cka(student, teacher, batches, engine.build_autocast("fp32", torch.device("cpu")))
+    assert all(value.equal(before[name]) for name, value in student.state_dict().items())
+    terms = 0
+    with torch.no_grad():
+        for images in batches[:4]:
+            a, b = (network.eval()(images, return_features=True)[1]["maps"][-1] for network in (student, teacher))
+            grams = [(x.flatten(1) @ x.flatten(1).T).double().fill_diagonal_(0) for x in (a, b)]
+            terms += torch.tensor([((K @ L).trace() + K.sum() * L.sum() / 42 - 2 * (K @ L).sum() / 6) / 40
+                                   for K, L in (grams, grams[:1] * 2, grams[1:] * 2)])  # n = 8
+    assert found[-1] == pytest.approx(float(terms[0] / (terms[1] * terms[2]) ** 0.5), abs=2e-3)
+
+
+def test_cka_leaves_out_a_rest_of_fewer_than_four_images():
     torch.manual_seed(0)
     student, teacher, images = MODELS["plaincnn2"](), MODELS["plaincnn4"]().eval(), torch.randn(8, 3, 32, 32)
     autocast = engine.build_autocast("fp32", images.device)
