@@ -325,7 +325,7 @@ def train(cfg, set_up, ignored, timeout=None):
             raise Busy("name", f"another process is at {folder}; wait for it, or give another name=...")
         state, log = load_state(cfg, folder, ignored), read_log(folder / "log.jsonl")
     except InputError:
-        distributed.is_the_same(-2 - rank, device)  # as nobody's below, so that the others end there as well
+        distributed.is_the_same(-2 - rank, device)  # a number of nobody below: the others end there as well
         raise
     finished = bool(state and (folder / "student.pth").exists() and log[1:] and log[-1]["epoch"] == cfg.epochs)
     where = (state["epoch"] * 10**9 + state["step"]) * 2 + finished if state else -1  # all three in one number
