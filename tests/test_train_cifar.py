@@ -76,6 +76,15 @@ def run(*arguments, check=0, **options):
     return result
 
 
+def run_two(port, script, *arguments, check=0):
+    """A script in two processes of torchrun's; check=None: it may end as it will."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    result = subprocess.run([*command, *map(str, (script, *arguments))], capture_output=True, text=True, cwd=ROOT,
+                            timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert check is None or result.returncode == check, result.stdout + result.stderr
+    return result
+
+
 def start(*arguments):
     return subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), "--cfg", *map(str, arguments)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -445,15 +454,9 @@ def test_validation_split_reports_on_held_out_training_images(config, tmp_path):
 
 def test_two_processes_are_one_run(config, tmp_path):
     path = config(epochs=1, device="cpu")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541"]
-    command = [*torchrun, str(ROOT / "train_cifar.py"), "--cfg", path]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def two(*arguments):
-        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
-                                env=environment)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        return run_two(29541, ROOT / "train_cifar.py", "--cfg", path, *arguments).stdout
 
     two("name=two", "val_split=7")  # 7 images on 2 processes
     assert log(tmp_path / "runs/two")[-1]["top1"] in [pytest.approx(100 * n / 7) for n in range(8)]
@@ -464,8 +467,7 @@ def test_two_processes_are_one_run(config, tmp_path):
     assert "is finished" not in two("name=stopped")
     assert "is finished" in two("name=stopped")
     (tmp_path / "runs/file").touch()  # rank 0 alone finds that it cannot write there
-    result = subprocess.run([*command, "name=file"], capture_output=True, text=True, cwd=ROOT, timeout=240,
-                            env=environment)
+    result = run_two(29541, ROOT / "train_cifar.py", "--cfg", path, "name=file", check=None)
     assert f"cannot write {tmp_path}/runs/file/.lock" in result.stderr and result.returncode
     assert "Connection" not in result.stderr and result.stderr.count("error: ") == 1
 
@@ -490,11 +492,7 @@ def train_one_epoch(cfg, run, *arguments):
 engine.train_one_epoch = train_one_epoch
 sys.exit(train_cifar.main(sys.argv[1:]))
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29544",
-               str(tmp_path / "banks.py"), "--cfg", config("crd", device="cpu")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert result.returncode == 0, result.stderr
+    run_two(29544, tmp_path / "banks.py", "--cfg", config("crd", device="cpu"))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in /proc, on Linux")
@@ -508,12 +506,8 @@ code = train_cifar.main(sys.argv[1:])
 threads = [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
 assert code == 0 and not [name for name in threads if "gloo" in name], (code, threads)
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29543",
-               str(tmp_path / "ends.py"), "--cfg", config(epochs=1, device="cpu")]
     for arguments in [], ["name=stopped", "stop_after=0.1"]:
-        result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240,
-                                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-        assert result.returncode == 0, result.stderr
+        run_two(29543, tmp_path / "ends.py", "--cfg", config(epochs=1, device="cpu"), *arguments)
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -548,10 +542,7 @@ del model  # it holds the group, whose threads must end before the interpreter d
 dist.destroy_process_group()
 '''
     (tmp_path / "two.py").write_text(code)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                             "--master_port=29542", str(tmp_path / "two.py"), str(ROOT)],
-                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
-    assert result.returncode == 0, result.stderr
+    run_two(29542, tmp_path / "two.py", ROOT)
 
 
 # ----------------------------------------------------------------------------------------------------------- teachers
@@ -582,11 +573,7 @@ def test_two_processes_train_a_teacher_a_student_and_its_baseline(config, tmp_pa
     teacher = config("ce", name="teacher.yaml", epochs=1, student={"name": "plaincnn4"}, teacher={})
     path = config("kd", epochs=1, device="cpu", baseline=alone, teacher={
         "name": "plaincnn4", "checkpoint": str(tmp_path / "new.pth"), "cfg": teacher, "train": True})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29545",
-               str(ROOT / "train_cifar.py"), "--cfg", path]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert result.returncode == 0, result.stderr
+    result = run_two(29545, ROOT / "train_cifar.py", "--cfg", path)
     assert result.stdout.count("difference") == 1
     assert same_weights(tmp_path / "new.pth", tmp_path / "runs/teacher/student.pth")
     for name in "teacher", "run", "alone":

@@ -78,9 +78,10 @@ def _override(values, override):
         raise InputError(override, "not an override; valid: key.sub=value, for instance optimizer.lr=0.1")
     *parents, last = key.split(".")
     for parent in parents:
-        if not isinstance(values.get(parent, {}), dict):
+        inner = values.get(parent, {})
+        if not isinstance(inner, dict):
             raise InputError(key, f"{parent} is not a section, so it has no {last}")
-        values[parent] = dict(values.get(parent, {}))  # its own: by a YAML anchor two sections may be one
+        values[parent] = dict(inner)  # its own: by a YAML anchor two sections may be one
         values = values[parent]
     try:
         value = yaml.load(text, NumberLoader)
