@@ -62,16 +62,36 @@ def test_its_table_of_our_runs_is_that_of_the_results():
     assert len(rows) == 4 and all(row in (ROOT / "results/README.md").read_text().splitlines() for row in rows)
 
 
-def test_its_rows_of_short_runs_are_those_of_the_results():
-    part = README.split("**ResNet-56 → ResNet-20 on CIFAR-100")[1].split("**The capacity gap")[0]
-    results = (ROOT / "results/README.md").read_text()
-    names = {"alone": "ce", "ce + kl": "logits_k1", "dpk": "dpk_small_k1"}
-    for lines, title in zip(re.findall(r"(?:^\|.*\n){3}", part, re.M), ("a short", "on the short"), strict=True):
-        section, = (text for text in results.split("\n## ") if f"{title} schedule\n" in text)
-        header, _, row = (line.strip("| ").split(" | ") for line in lines.splitlines())
-        for name, figure in zip(header, row, strict=True):
-            name = name.strip("°").lower()
-            assert f"| {names.get(name, name)} | {figure} |" in section
+TABLES = [  # those of our runs, in order: for each cell of a row, run@section of results/runs.yaml, - for no run
+    ["ce@short kd@short fitnet@short ickd@short logits_k1@short dpk_small_k1@short"],
+    [" ".join(f"{method}@short_methods" for method in
+              "rkd cc sp at mlkd pkt nst crd dkd vid dist ofd reviewkd".split())],
+    ["ce@short fitnet@short ofd@short_methods reviewkd@short_methods no_kl@short_ablations",
+     "logits_k1@short fitnet@short_kl ofd@short_kl reviewkd@short_kl dpk_small_k1@short"],
+    ["dpk_plaincnn4@gap_long logits_plaincnn4@gap_long kd_plaincnn4@gap_long dpk_plaincnn4@gap_longer "
+     "logits_plaincnn4@gap_longer",
+     "dpk_plaincnn10@gap_long logits_plaincnn10@gap_long kd_plaincnn10@gap_long dpk_plaincnn10@gap_longer "
+     "logits_plaincnn10@gap_longer"],
+    ["dpk_small_k1@short fixed_0.15@short_ablations fixed_0.5@short_ablations - no_teacher_tokens@short_ablations "
+     "fixed_0@short_ablations no_kl@short_ablations",
+     "dpk_plaincnn10@gap fixed_0.15@ablations fixed_0.5@ablations fixed_0.95@ablations no_teacher_tokens@ablations "
+     "fixed_0@ablations no_kl@ablations"],
+]
+
+
+def test_its_figures_are_those_of_the_results():
+    runs = yaml.safe_load((ROOT / "results/runs.yaml").read_text())
+    names = {section["title"]: name for name, section in runs.items()}
+    top1 = {"-": "–"}
+    for section in (ROOT / "results/README.md").read_text().split("\n## ")[1:]:
+        for run, figure in re.findall(r"^\| (\S+) \| ([^|]+) \| \d+ \|", section, re.M):
+            top1[f"{run}@{names[section.splitlines()[0]]}"] = figure
+    part = README.split("**ResNet-56 → ResNet-20 on CIFAR-100")[1].split("CIFAR-100 top-1, published")[0]
+    tables = [table.splitlines() for table in re.findall(r"(?:^ *\|.*\n)+", part, re.M) if "probe" not in table]
+    for (_, _, *rows), cells in zip(tables, TABLES, strict=True):
+        for row, runs in zip(rows, map(str.split, cells), strict=True):
+            figures = [cell.strip(" °") for cell in row.split("|")[1:-1]]
+            assert figures[-len(runs):] == [top1[run] for run in runs]
 
 
 def test_yaml_is_not_a_package():
