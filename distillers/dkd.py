@@ -65,8 +65,9 @@ class DKD(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        super().train(mode)
         self.teacher.eval()
-        return super().train(mode)
+        return self
 
     def set_epoch(self, epoch):
         """For the warm-up: call before each epoch, from 0."""

@@ -63,7 +63,7 @@ def cka_of_terms(terms):
         dist.all_reduce(terms)
         terms = terms / dist.get_world_size()
     kl, kk, ll = terms.unbind(-1)
-    return kl / (kk * ll).sqrt()
+    return kl / (kk.sqrt() * ll.sqrt())  # not of the product, which may be beyond float32
 
 
 def minibatch_cka(x, y):
@@ -105,8 +105,8 @@ def patchify(feature_map, patch):
 @functools.cache
 def sinusoid_positions(n, dim, device=None):
     """(n, dim) fixed 1-D table (Vaswani et al., 2017, section 3.5): sine in the even columns, cosine in the odd."""
-    position = torch.arange(n, device=device).unsqueeze(1)
-    column = torch.arange(dim, device=device)
+    position = torch.arange(n, dtype=torch.float32, device=device).unsqueeze(1)
+    column = torch.arange(dim, dtype=torch.float32, device=device)
     angle = position / 10000 ** (2 * (column // 2) / dim)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
@@ -265,8 +265,9 @@ class DPKStage(nn.Module):
         teacher_map = teacher_map.detach()
         student_map = self.match(student_map, teacher_map)
         if cka is None:  # fresh in every step
-            cka = minibatch_cka(student_map, teacher_map).double()  # Python's floats are float64
-            cka = cka if self.masked else cka.item()
+            cka = minibatch_cka(student_map, teacher_map)
+        if isinstance(cka, torch.Tensor):  # Python's floats are float64
+            cka = cka.double() if self.masked else cka.item()
         self.cka = cka
         target = patchify(teacher_map, self.patch)  # (B, N, p²C_t)
         B, N, _ = target.shape
@@ -407,8 +408,9 @@ class DPK(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        super().train(mode)
         self.teacher.eval()
-        return super().train(mode)
+        return self
 
     def set_epoch(self, epoch):
         """For the scheduled ratios: call before each epoch, from 0."""
@@ -428,7 +430,7 @@ class DPK(nn.Module):
         pairs = [(stage.match(features["maps"][s], teacher_features["maps"][t]), teacher_features["maps"][t])
                  for (s, t, _), stage in zip(self.plan, self.stages)]
         # The CKA of all stages, fresh in every step: unless masked, the one wait for the device and other processes.
-        ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs])).double()
+        ckas = cka_of_terms(torch.stack([hsic_terms(*pair) for pair in pairs]))
         ckas = ckas.unbind() if self.masked else ckas.tolist()
         for (_, t, weight), stage, pair, cka in zip(self.plan, self.stages, pairs, ckas):
             loss, ratio = stage(*pair, cka)

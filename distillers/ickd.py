@@ -91,8 +91,9 @@ class ICKD(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        super().train(mode)
         self.teacher.eval()
-        return super().train(mode)
+        return self
 
     def forward(self, images, targets):
         with torch.no_grad():

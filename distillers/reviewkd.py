@@ -92,6 +92,7 @@ class ReviewKD(nn.Module):
     "preacts": the same before the ReLU, if it has them, "pooled": (B, C)}).
     forward(images (B, 3, H, W), targets (B,)) -> (logits (B, K), {"ce": scalar, "review": scalar}), weighted; and
     "kd", if it has a weight.
+    In train mode a batch has two images or more, for the BatchNorm of the pooled level.
     Raises ValueError for a negative weight, a temperature that is not positive, mid_channels below 1, a label_smoothing
     outside 0 to 1, and networks of a single map.
     """
@@ -132,8 +133,9 @@ class ReviewKD(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def train(self, mode=True):  # not the teacher, whatever deepcopy or somebody else has made of it
+        super().train(mode)
         self.teacher.eval()
-        return super().train(mode)
+        return self
 
     def set_epoch(self, epoch):
         """For the warm-up: call before each epoch, from 0."""

@@ -8,24 +8,26 @@ import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-# All but those with auxiliary classifiers, which put out more than logits.
+# All but those with auxiliary classifiers, which put out more than logits, and one whose tensors torch.fx renames.
 TORCHVISION_NAMES = [name for name in torchvision.models.list_models(module=torchvision.models)
-                     if name not in ("googlenet", "inception_v3")]
+                     if name not in ("googlenet", "inception_v3", "maxvit_t")]
 
 
 @torch.no_grad()
 def map_nodes(model):
     """[(name, channels_last), …] of the modules whose outputs are the maps, from shallow to deep.
 
-    Those that are the last at their size, among the network's children and theirs, on a 224×224 image: of a ResNet
-    relu, layer1, …, layer4; of an EfficientNet features.1, .2, .3, .5 and features. Of a Vision Transformer, whose
-    blocks are all of one size, the blocks that end each quarter. channels_last: (B, H, W, C), as in a Swin Transformer.
+    Those that are the last at their size, among the network's children (but its head) and theirs, on a 224×224 image:
+    of a ResNet relu, layer1, …, layer4; of an EfficientNet features.1, .2, .3, .5 and features. Of a Vision
+    Transformer, whose blocks are all of one size, the blocks that end each quarter. channels_last: (B, H, W, C), as in
+    a Swin Transformer.
     """
     if isinstance(model, torchvision.models.VisionTransformer):
         depth = len(model.encoder.layers)
         return [(f"encoder.layers.encoder_layer_{depth * quarter // 4 - 1}", False) for quarter in (1, 2, 3, 4)]
-    children = dict(model.named_children())
-    for name, child in model.named_children():
+    *body, _ = model.named_children()
+    children = dict(body)
+    for name, child in body:
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
             children |= {f"{name}.{key}": grandchild for key, grandchild in child.named_children()}
     last = {}

@@ -47,12 +47,14 @@ def test_logits_and_weighted_scalars(name):
 @pytest.mark.parametrize("name", [name for name in DISTILLERS if name != "ce"])
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_teacher_that_was_set_to_train_is_set_back(name, mode):
-    """By deepcopy, say: torch.fx has copies of its graphs in train mode."""
+    """By deepcopy, say: torch.fx has copies of its graphs in train mode. Or by assigning one, which registers it."""
     distiller = build(name)
     distiller.teacher.train()
     assert distiller.train(mode) is distiller
     assert not any(module.training for module in distiller.teacher.modules())
     assert all(module.training == mode for module in distiller.modules())
+    distiller.teacher = copy.deepcopy(distiller.teacher).train()
+    assert not any(module.training for module in distiller.train(mode).teacher.modules())
 
 
 @pytest.mark.parametrize("name", DISTILLERS)

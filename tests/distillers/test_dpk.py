@@ -12,6 +12,7 @@ from distillers.dpk import (
     Attention,
     Block,
     DPKStage,
+    cka_of_terms,
     minibatch_cka,
     patchify,
     prior_ratio,
@@ -105,6 +106,9 @@ def test_cka_where_it_is_undefined_and_in_half_precision():
     big = (100 * x).half()  # its Gram matrix is beyond float16
     assert minibatch_cka(big, y.half()).item() == pytest.approx(cka_by_u_statistic(x, y), abs=1e-2)
     assert not minibatch_cka(x.clone().requires_grad_(), y).requires_grad
+    for scale in 1e-6, 1e6:  # HSIC(K, K) · HSIC(L, L) is below and beyond float32
+        assert minibatch_cka(scale * x, scale * y).item() == pytest.approx(minibatch_cka(x, y).item(), abs=1e-5)
+    assert cka_of_terms(torch.tensor([0.5, -1.0, -1.0])).isnan()
 
 
 # --------------------------------------------------------------------------------------------------- ratio, tokens
