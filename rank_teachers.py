@@ -10,6 +10,7 @@ In our runs of 10 epochs the least accurate of four teachers has the best studen
 
 import argparse
 import dataclasses
+import io
 import os
 import statistics
 import sys
@@ -33,6 +34,7 @@ from utils.step import forward_backward
 CFG = Path(__file__).parent / "yaml" / "ce_resnet20.yaml"  # the protocol of the probe, but for its one epoch
 SIZE = [64, 2, 4]  # [dim, depth, heads] of the probe's modules
 USED = ["data", "val_split", "student", "seed", "batch_size", "optimizer", "precision", "channels_last", "device"]
+UNUSED = ["optimizer.schedule", "optimizer.milestones", "optimizer.gamma", "optimizer.warmup_epochs"]  # in one epoch
 FORMATS = [".png", ".pdf", ".svg"]
 
 
@@ -47,8 +49,10 @@ def identify(path, num_classes):
     said = content.get("network")  # ours say: another network may have the same tensors
     for name in sorted(MODELS, key=lambda name: name != said):
         with torch.device("meta"):
-            if shapes(MODELS[name](num_classes=num_classes).state_dict()) == found:
-                return name, content
+            fits = shapes(MODELS[name](num_classes=num_classes).state_dict()) == found
+        if fits:  # and are finite: all files are looked at before the first is examined
+            checkpoint.fill_network(MODELS[name](num_classes=num_classes), content, path, name, "CHECKPOINT")
+            return name, content
     raise InputError("CHECKPOINT", f"{path} fits no network with {num_classes} classes; valid: {', '.join(MODELS)}")
 
 
@@ -138,7 +142,10 @@ def examine(cfg, path, name, content, data, device, steps):
              "parameters": sum(p.numel() for p in teacher.parameters()),
              "images_per_s": round(forward_speed(teacher, train_loader, autocast), 1),
              "cka_before": measure_cka(student, teacher, test_loader, autocast)}
-    probe(cfg, student, teacher, train_loader, device, steps)
+    try:
+        probe(cfg, student, teacher, train_loader, device, steps)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{path}: {error}") from None
     return entry | {"cka_after": measure_cka(student, teacher, test_loader, autocast),
                     "probe_top1": engine.evaluate(student, test_loader, autocast)[0]}
 
@@ -196,7 +203,9 @@ def draw(ranked, path):
         axes.annotate(e["teacher"], (e["top1"], e["cka_after"][-1]))
     axes.set(xlabel="teacher's top-1 in per cent", ylabel="CKA to the student, last stage")
     axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix[1:], dpi=100, bbox_inches="tight")
+    checkpoint.write(path, buffer.getbuffer(), "--figure")
 
 
 def main(argv=None):
@@ -217,7 +226,8 @@ def main(argv=None):
         cfg = load_config(Settings, CFG, [*own, *overrides])
         check_optimizers(cfg.optimizer, cfg.connectors)
         for override in overrides:
-            if override.partition("=")[0].partition(".")[0] not in USED:
+            key = override.partition("=")[0]
+            if key.partition(".")[0] not in USED or key in UNUSED:
                 raise InputError(override, f"has no effect here; valid: {', '.join(USED)}")
         if not paths:
             raise InputError("CHECKPOINT", "none was given")

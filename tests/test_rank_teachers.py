@@ -63,7 +63,7 @@ def test_a_probe_that_diverges_has_no_rank(files, tmp_path, capsys):
     out = tmp_path / "ranking.jsonl"
     arguments = ["--student", "plaincnn2", *files, *SETTINGS, "optimizer.lr=1e30", "--out", str(out)]
     assert rank_teachers.main(arguments) == 1 and not out.exists()
-    assert "error: probe: loss " in capsys.readouterr().err
+    assert f"error: {files[0]}: probe: loss " in capsys.readouterr().err
 
 
 def test_stages_are_paired_from_the_last():
@@ -87,6 +87,15 @@ def test_the_whole_command(files, tmp_path, capsys):
     again = {e["teacher"]: e for e in map(json.loads, out.read_text().splitlines())}
     for e in entries:
         assert again[e["teacher"]]["cka_before"] == e["cka_before"] and again[e["teacher"]]["top1"] == e["top1"]
+
+
+def test_weights_that_are_not_finite_are_noticed_before_the_first_is_examined(files, tmp_path, monkeypatch, capsys):
+    content = checkpoint.load(files[1], "")
+    content["model"]["fc.bias"].fill_(torch.nan)
+    checkpoint.save(tmp_path / "nan.pth", content)
+    monkeypatch.setattr(rank_teachers, "examine", None)
+    assert rank_teachers.main(["--student", "plaincnn2", files[0], str(tmp_path / "nan.pth"), *SETTINGS]) == 2
+    assert "fc.bias is not finite" in capsys.readouterr().err
 
 
 def test_two_files_of_one_network_are_told_apart(files, capsys):
@@ -159,6 +168,7 @@ def test_maps_that_eight_does_not_divide(files, capsys):
     (["a.pth", "--figure", "a.foo"], ["--figure", "a.foo", ".png, .pdf, .svg"]),
     (["a.pth", "optimizer.nesterov=true", "optimizer.momentum=0"], ["optimizer.nesterov"]),
     (["a.pth", "distiller.name=kd"], ["distiller.name=kd", "no effect", "optimizer, precision"]),
+    (["a.pth", "optimizer.gamma=0.5"], ["optimizer.gamma=0.5", "no effect"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     assert rank_teachers.main([*arguments, *SETTINGS] if "nowhere.pth" in arguments else arguments) == 2

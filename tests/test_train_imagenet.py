@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
 from PIL import Image
 from torch import nn
@@ -598,19 +599,35 @@ def test_a_damaged_download(config, tmp_path, monkeypatch, capsys, content):
     assert f"into {tmp_path}/checkpoints" in error
 
 
+class Spy:
+    """Pickled, what touches a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_download_is_not_executed(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"spy": Spy(tmp_path / "executed")}, tmp_path / "checkpoints/shufflenetv2_x0.5-f707e7126e.pth")
+    assert main(config("ce", epochs=1), "student.weights=IMAGENET1K_V1") == 2
+    assert "could not be downloaded or read" in capsys.readouterr().err and not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize("student, weights, there", [
     ("shufflenet_v2_x0_5", "IMAGENET1K_V1", None),  # the teacher's of this name are there, and not what was asked for
     ("mobilenetv1", "IMAGENET1K_V1", "resnet18"),  # torchvision has none of this network
 ])
 def test_eval_of_torchvisions_weights_is_of_the_students_network(config, monkeypatch, capsys, student, weights, there):
-    get_model = train_imagenet.torchvision.models.get_model
-
-    def downloaded(name, weights=None, progress=True, **arguments):
-        if weights and name != "resnet18":
+    def downloaded(url, *args, **kwargs):
+        if "resnet18" not in url:
             raise OSError("no network")
-        return get_model(name, **arguments)
+        return torchvision.models.resnet18().state_dict()
 
-    monkeypatch.setattr(train_imagenet.torchvision.models, "get_model", downloaded)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", downloaded)
     monkeypatch.setattr(train_imagenet.checkpoint, "fill_network", lambda *arguments: None)
     assert main(config("kd"), f"student.name={student}", "--eval", weights) == (0 if there else 2)
     out, error = capsys.readouterr()

@@ -22,7 +22,7 @@ from utils.log import Table, epoch_line, progress, read_log, tensorboard_writer
 from utils.malloc import keep_freed_memory
 from utils.optim import build_optimizers, set_learning_rates
 from utils.state import load_state, lock, open_log, restore, save_state
-from utils.step import GraphedStep, WaitsForDevice, forward_backward, out_of_memory
+from utils.step import GraphedStep, WaitsForDevice, forward_backward
 from utils.stopping import SIGNALLED, Stopped, Stopper
 
 # ------------------------------------------------------------------------------------------------------------ set-up
@@ -175,10 +175,7 @@ def weights_failure(run, epoch, step):
 
 
 def prepare_graph(run, epoch):
-    """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one.
-
-    Raises InputError where the capture itself fails: too late to go on without.
-    """
+    """The run's GraphedStep, ready for the epoch; None where there is none, or the distiller's step cannot be one."""
     if run.graph is not None:
         try:
             run.graph.prepare(run, run.train_loader.choose(epoch, 0))
@@ -186,10 +183,6 @@ def prepare_graph(run, epoch):
             print(f"cuda_graph: this distiller's step cannot be captured as one ({error}); going on without",
                   file=sys.stderr)
             run.graph = None
-        except RuntimeError as error:
-            if out_of_memory(error):  # of this GPU at this moment, and no setting's fault
-                raise
-            raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
     return run.graph
 
 

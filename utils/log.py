@@ -92,14 +92,16 @@ class Table:
 
 
 def read_log(path, epoch=math.inf):
-    """The lines of a log as dicts: the header, then the epochs up to `epoch`. A line cut off by a kill is left out."""
+    """The lines of a log as dicts: the header, then the epochs up to `epoch`. A damaged line, as one that a kill cut
+    off, is left out.
+    """
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else []:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break
-        if line.get("epoch", 0) <= epoch:
+            continue
+        if isinstance(line, dict) and line.get("epoch", 0) <= epoch:
             lines.append(line)
     return lines
 

@@ -6,6 +6,7 @@ Figures are drawn where matplotlib is installed.
 """
 
 import argparse
+import io
 import json
 import shlex
 import statistics
@@ -132,8 +133,8 @@ def curves(section, logs):
             if column.startswith("cka_"):
                 stage = column.removeprefix("cka_")
                 stages.setdefault(f"stage {stage}", {})[key] = [
-                    (epochs, [entry[column] for entry in entries], "-"),
-                    (epochs, [entry[f"ratio_{stage}"] for entry in entries], "--")]
+                    (epochs, [entry[metric] for entry in entries], style)
+                    for metric, style in ((column, "-"), (f"ratio_{stage}", "--")) if metric in entries[0]]
         method, teacher = method_and_teacher(key, section.get("teachers", {}))
         if teacher is not None and section["teachers"][teacher] is not None:
             teachers.setdefault(method, []).append((section["teachers"][teacher], [log[-1]["top1"] for log in seeds]))
@@ -148,7 +149,7 @@ def curves(section, logs):
 
 
 def draw(results, name, title, figures):
-    """What `curves` gave for a section as PNG files, where matplotlib is installed."""
+    """What `curves` gave for a section as PNG files, where matplotlib is installed; not of less than two lines."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -170,7 +171,11 @@ def draw(results, name, title, figures):
             figure.suptitle(title)
             handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
             axis.legend(handles.values(), handles, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-            figure.savefig(results / f"{name}_{kind}.png", dpi=100, bbox_inches="tight")
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=100, bbox_inches="tight")
+            checkpoint.write(results / f"{name}_{kind}.png", buffer.getbuffer())
+        else:
+            (results / f"{name}_{kind}.png").unlink(missing_ok=True)
 
 
 def report(path, drawn=True):

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.errors import one_line
+from utils.errors import InputError, one_line
 from utils.log import Table
 
 
@@ -77,7 +77,8 @@ class GraphedStep:
         """Capture, with `indices` (B,) of a batch of the usual size; weights and buffers stay as they are.
 
         Again where set_epoch has changed one of the distiller's plain_values: a graph keeps those it was made with.
-        Raises WaitsForDevice for a step that does, and leaves nothing of it behind.
+        Raises WaitsForDevice for a step that does, and leaves nothing of it behind; InputError where the capture itself
+        fails: too late to go on without.
         """
         if plain_values(run.distiller) == self.captured:
             return
@@ -87,8 +88,13 @@ class GraphedStep:
             if self.graph is None:
                 warm_up(lambda: self._body(run))
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._body(run)
+            try:
+                with torch.cuda.graph(self.graph):
+                    self._body(run)
+            except RuntimeError as error:
+                if out_of_memory(error):  # of this GPU at this moment, and no setting's fault
+                    raise
+                raise InputError("cuda_graph", f"{one_line(error)}; valid: false") from None
             self.gradients = [(parameter, parameter.grad) for parameter in run.distiller.parameters()]
             self.captured = plain_values(run.distiller)
         finally:

@@ -106,6 +106,8 @@ def test_figures_where_matplotlib_is_installed(listed):
     text = report.report(listed)
     for kind in "accuracy", "ratio":
         assert (listed.parent / f"small_{kind}.png").stat().st_size > 5000 and f"](small_{kind}.png)" in text
+    shutil.rmtree(listed.parent / "small_second_s0")  # one line is left, which is no figure
+    assert "small_accuracy.png" not in report.report(listed) and not (listed.parent / "small_accuracy.png").exists()
 
 
 def test_student_over_teacher():
@@ -129,6 +131,11 @@ def test_teachers_of_one_accuracy_and_methods_with_an_underscore():
         "kd": [((50.0, 50.0, 60.0), (30.0, 40.0, 42.0), "o-")], "dpk_small": [((50.0,), (41.0,), "o-")]}}
     assert report.by_teacher(Path(), section, logs)[4:-1] == [
         "| a | 50.00 | 30.00 | – |", "| b | 50.00 | 40.00 | 41.00 |", "| wide_b | 60.00 | 42.00 | – |"]
+
+
+def test_a_cka_without_a_ratio_is_drawn():
+    panels = report.curves({}, {"mine": [[{}, {"epoch": 1, "top1": 1.0, "cka_3": 0.5}]]})["ratio"][1]
+    assert panels == {"stage 3": {"mine": [([1], [0.5], "-")]}}
 
 
 def test_cka_and_ratio_have_a_panel_a_stage():

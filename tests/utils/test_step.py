@@ -170,6 +170,14 @@ def test_a_capture_that_fails_ends_the_run_with_a_line(graphs_on_a_cpu, monkeypa
         train(cfg, run)
 
 
+def test_a_fault_of_the_step_itself_is_not_the_graphs(graphs_on_a_cpu, monkeypatch):
+    cfg, run = build_run("kd", graph=True)
+    graphs_on_a_cpu(run)
+    run.student.fc = torch.nn.Linear(7, 7)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(cfg, run)
+
+
 @pytest.mark.parametrize("call", [1, 3, 4])  # the first and the last to warm up, the capture
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
