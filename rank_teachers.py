@@ -5,7 +5,7 @@
 For each file: top-1 on the test set, parameters, images a second of the forward pass, and CKA to the student stage by
 stage, the last with the last, of a student with fresh weights and of one after a probe: an epoch of DPK, whose top-1
 stands beside it. The most accurate teacher comes first; of those that the test set cannot tell apart, the fastest.
-In our runs of 10 epochs the least accurate of four teachers has the best students (README, Which teacher?).
+In our runs of 10 epochs the least accurate of four teachers has the best students (README, Results).
 """
 
 import argparse
@@ -227,8 +227,10 @@ def main(argv=None):
         check_optimizers(cfg.optimizer, cfg.connectors)
         for override in overrides:
             key = override.partition("=")[0]
-            if key.partition(".")[0] not in USED or key in UNUSED:
+            if key.partition(".")[0] not in USED:
                 raise InputError(override, f"has no effect here; valid: {', '.join(USED)}")
+            if key in UNUSED:
+                raise InputError(override, "has no effect on a probe of one epoch; leave it out")
         if not paths:
             raise InputError("CHECKPOINT", "none was given")
         if args.steps < 0:

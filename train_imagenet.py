@@ -124,7 +124,8 @@ def build_network(name, weights, classes, cfg, device, key):
         raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
     if weights in published_weights(name):
         try:  # torchvision's own loading, which renames what old files call differently, would execute what they hold
-            torchvision.models.get_model_weights(name)[weights].get_state_dict(progress=False, weights_only=True)
+            published = torchvision.models.get_model_weights(name)[weights]
+            published.get_state_dict(progress=False, check_hash=True, weights_only=True)
             content = torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
         except Exception as error:  # noqa: BLE001 - no network, a full disk, a damaged file raises ValueError, EOFError, ...
             url = torchvision.models.get_model_weights(name)[weights].url

@@ -193,7 +193,7 @@ class DPKStage(nn.Module):
     student_map: (B, C_s, H, W), resized to the teacher's where the sizes differ; teacher_map: (B, C_t, H', W'), no
     gradient; H' and W' multiples of `patch`. loss: mean squared error over all positions, unweighted scalar with
     gradient to the student and to this module; prior_ratio: π as a float. `cka` holds the last CKA, a float, measured
-    here unless it is given.
+    here unless it is given, as a float or a scalar tensor.
 
     encoder, decoder: (dim, depth, heads). ratio: None for π = 1 − CKA ("dynamic"), or a fixed share of 0 to 1.
     min_ratio, fallback_ratio, min_tokens: the guards of the dynamic ratio (CIFAR: 0.15, 0.9, 2; ImageNet: 0.10, 0.8,

@@ -83,6 +83,8 @@ def test_its_figures_are_those_of_the_results():
         for row, runs in zip(table.splitlines()[2:], map(str.split, cells), strict=True):
             figures = [cell.strip(" °*") for cell in row.split("|")[-len(runs) - 1:-1]]
             assert all(run == "-" or figure == top1[run] for figure, run in zip(figures, runs, strict=True)), row
+    text = (ROOT / "results/README.md").read_text()
+    assert all(figure in text for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", " ".join(part.split())))
 
 
 def test_yaml_is_not_a_package():

@@ -93,7 +93,7 @@ class Table:
 
 def read_log(path, epoch=math.inf):
     """The lines of a log as dicts: the header, then the epochs up to `epoch`. A damaged line, as one that a kill cut
-    off, is left out.
+    off, is left out, a damaged header empty.
     """
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else []:
@@ -103,7 +103,7 @@ def read_log(path, epoch=math.inf):
             continue
         if isinstance(line, dict) and line.get("epoch", 0) <= epoch:
             lines.append(line)
-    return lines
+    return [{}, *lines] if lines and "epoch" in lines[0] else lines
 
 
 def write_log(path, lines, key="runs"):

@@ -149,7 +149,7 @@ def curves(section, logs):
 
 
 def draw(results, name, title, figures):
-    """What `curves` gave for a section as PNG files, where matplotlib is installed; not of less than two lines."""
+    """What `curves` gave for a section as PNG files, where matplotlib is installed; none of fewer than two lines."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -158,6 +158,7 @@ def draw(results, name, title, figures):
     shades = colormaps["tab20"].colors  # in pairs of a dark and a light one
     colors = shades[::2] + shades[1::2]
     for kind, ((x_label, y_label), panels) in figures.items():
+        path = results / f"{name}_{kind}.png"
         labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
         if sum(len(lines) for panel in panels.values() for lines in panel.values()) > 1:
             figure = Figure(figsize=(5 * len(panels) + 1, 4))
@@ -172,10 +173,10 @@ def draw(results, name, title, figures):
             handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
             axis.legend(handles.values(), handles, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
             buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=100, bbox_inches="tight")
-            checkpoint.write(results / f"{name}_{kind}.png", buffer.getbuffer())
+            figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+            checkpoint.write(path, buffer.getbuffer(), str(path))
         else:
-            (results / f"{name}_{kind}.png").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def report(path, drawn=True):

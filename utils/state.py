@@ -112,6 +112,6 @@ def open_log(cfg, folder, state, world, device):
         before |= change
     changed = {key: value for key, value in now.items() if key != "command" and before.get(key) != value}
     if changed:
-        lines[0].setdefault("resumed", []).append({"after_epoch": len(lines) - 1} | changed)
+        lines[0].setdefault("resumed", []).append({"after_epoch": lines[-1].get("epoch", 0)} | changed)
     write_log(folder / "log.jsonl", lines)
     checkpoint.write(folder / "config.yaml", yaml_text(cfg))

@@ -154,6 +154,8 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     for damaged in b"{", b"3", b"\0\0\xff", b"":  # as by a disk: the rest is kept
         path.write_bytes(b"\n".join([damaged if i == 2 else json.dumps(line).encode() for i, line in enumerate(LINES)]))
         assert read_log(path) == [*LINES[:2], *LINES[3:]]
+        path.write_bytes(b"\n".join([damaged, *(json.dumps(line).encode() for line in LINES[1:])]))
+        assert read_log(path) == [{}, *LINES[1:]]
     path.write_text("")
     assert read_log(path) == []
 
