@@ -123,14 +123,13 @@ def build_network(name, weights, classes, cfg, device, key):
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError("data.size", f"{name} does not take {size} pixels: {one_line(error)}") from None
     if weights in published_weights(name):
+        published = torchvision.models.get_model_weights(name)[weights]
         try:  # torchvision's own loading, which renames what old files call differently, would execute what they hold
-            published = torchvision.models.get_model_weights(name)[weights]
             published.get_state_dict(progress=False, check_hash=True, weights_only=True)
             content = torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
         except Exception as error:  # noqa: BLE001 - no network, a full disk, a damaged file raises ValueError, EOFError, ...
-            url = torchvision.models.get_model_weights(name)[weights].url
-            raise InputError(key, f"{weights} could not be downloaded or read ({one_line(error)}); put {url} into "
-                             f"{torch.hub.get_dir()}/checkpoints, or name a file") from None
+            raise InputError(key, f"{weights} could not be downloaded or read ({one_line(error)}); put {published.url} "
+                             f"into {torch.hub.get_dir()}/checkpoints, or name a file") from None
         checkpoint.fill_network(model, content, weights, name, key)
     elif Path(weights).is_file():
         content = checkpoint.load(weights, key)

@@ -74,8 +74,8 @@ TABLES = [  # those of our runs, in order: for each cell of a row, run@section o
 def test_its_figures_are_those_of_the_results():
     sections = yaml.safe_load((ROOT / "results/runs.yaml").read_text())
     names = {section["title"]: name for name, section in sections.items()}
-    top1 = {}
-    for section in (ROOT / "results/README.md").read_text().split("\n## ")[1:]:
+    results, top1 = (ROOT / "results/README.md").read_text(), {}
+    for section in results.split("\n## ")[1:]:
         for run, figure in re.findall(r"^\| (\S+) \| ([^|]+) \| \d+ \|", section, re.M):
             top1[f"{run}@{names[section.splitlines()[0]]}"] = figure
     part = README.split("## Results\n")[1].split("## Which teacher?")[0]
@@ -83,8 +83,7 @@ def test_its_figures_are_those_of_the_results():
         for row, runs in zip(table.splitlines()[2:], map(str.split, cells), strict=True):
             figures = [cell.strip(" °*") for cell in row.split("|")[-len(runs) - 1:-1]]
             assert all(run == "-" or figure == top1[run] for figure, run in zip(figures, runs, strict=True)), row
-    text = (ROOT / "results/README.md").read_text()
-    assert all(figure in text for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", " ".join(part.split())))
+    assert all(figure in results for figure in re.findall(r"\d\d\.\d\d(?: ± \d\.\d\d)?", " ".join(part.split())))
 
 
 def test_yaml_is_not_a_package():

@@ -177,7 +177,7 @@ def head(path):
 
 
 def measured():
-    """{file: "in 10 epochs: mean ± deviation (n = …); in 40: …" of our runs of it, changed in their length alone}."""
+    """{file: "in 10 epochs: mean ± deviation (n = …); in 40 epochs: …" of its runs, changed in their length alone}."""
     runs = {}
     for name, section in load_list(ROOT / "results/runs.yaml").items():
         for run, _, _, (_, cfg, *overrides) in runs_of(name, section):
@@ -186,8 +186,8 @@ def measured():
             if changed <= NOT_OF_THE_FILE and finished(ROOT / "results" / run):
                 last = read_log(ROOT / "results" / run / "log.jsonl")[-1]
                 runs.setdefault(ROOT / cfg, {}).setdefault(last["epoch"], []).append(last["top1"])
-    return {path: "; ".join(f"in {epochs}: {spread(of[epochs])} (n = {len(of[epochs])})"
-                            for epochs in sorted(of)).replace(":", " epochs:", 1) for path, of in runs.items()}
+    return {path: "; ".join(f"in {epochs} epochs: {spread(tops)} (n = {len(tops)})"
+                            for epochs, tops in sorted(of.items())) for path, of in runs.items()}
 
 
 def test_each_file_says_what_we_measured():
